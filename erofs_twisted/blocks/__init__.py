@@ -1,0 +1,1 @@
+"""Blobs by chunks: fetched once, kept in a file, served from there."""

@@ -1,0 +1,1 @@
+"""Exports as devices of the kernel: over netlink, or through FUSE."""

@@ -1,0 +1,120 @@
+"""What the rooms of this house know of each other.
+
+A read goes one way: NBD server → `IExport` → `IBlobReader`. Control goes beside it: the service asks an
+`IImageStore` for an image, and an `IDeviceConnector` for a device on which an `INBDServer` serves the export.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Sequence
+
+import attrs
+from zope.interface import Attribute, Interface
+
+Delivery = Callable[[bytes], None]
+"""Takes the next piece of a byte range, in order, without gaps."""
+
+
+@attrs.frozen(slots=True)
+class FileSpan:
+    """``length`` bytes at ``offset`` of the open file ``fd``: what a transport can send without a copy."""
+
+    fd: int
+    offset: int
+    length: int
+
+
+Segment = FileSpan | bytes
+"""A part of a read's answer: a span of a file, or the bytes themselves."""
+
+
+class IBlobReader(Interface):
+    """The bytes of one blob at their origin (a registry, a directory), by ranges. It does not cache."""
+
+    digest: str = Attribute("The blob's digest, ``sha256:…``.")
+    size: int = Attribute("The blob's size in bytes, as its descriptor says.")
+
+    def read(offset: int, length: int, deliver: Delivery):  # type: ignore[no-untyped-def]
+        """Fetch ``length`` bytes at ``offset``, giving them to ``deliver`` piece by piece as they come.
+
+        Retries, refreshed tokens and followed redirects are the reader's own affair: ``deliver`` sees every
+        byte of the range exactly once, in order.
+
+        Returns an awaitable that ends with None when exactly ``length`` bytes were delivered, or fails with
+        `erofs_twisted.errors.ReadError`. Cancelling it ends the transfer at once.
+        """
+
+
+class IExport(Interface):
+    """A read-only run of bytes that an NBD server serves."""
+
+    name: str = Attribute("The export's name; '' is the default export.")
+    description: str = Attribute("One line for people.")
+    size: int = Attribute("Bytes; a multiple of 4096.")
+
+    def read(offset: int, length: int):  # type: ignore[no-untyped-def]
+        """The bytes at [offset, offset + length), which lie within the export; length > 0.
+
+        Returns a list of `Segment` whose lengths add up to ``length`` where they are at hand, otherwise a
+        Deferred of such a list, which fails with `erofs_twisted.errors.ReadError`. Cancelling the Deferred
+        withdraws this reader's interest. A `FileSpan` stays valid as long as the export is served.
+        """
+
+    def prefetch(offset: int, length: int):  # type: ignore[no-untyped-def]
+        """Bring [offset, offset + length) near; returns a Deferred of None when it is there."""
+
+    def extents(offset: int, length: int):  # type: ignore[no-untyped-def]
+        """What [offset, offset + length) is made of: a list of (length, is_hole), each length > 0, which add
+        up to ``length``. A hole reads as zeros."""
+
+
+class INBDServer(Interface):
+    """Serves exports to NBD clients."""
+
+    def adopt(sock: socket.socket, export: IExport):  # type: ignore[no-untyped-def]
+        """Serve ``export`` on ``sock``, an AF_UNIX stream socket whose other end starts in the transmission
+        phase (a kernel device). Takes the socket over. Returns None."""
+
+    def listen(path: str, exports: Sequence[IExport]):  # type: ignore[no-untyped-def]
+        """Serve ``exports`` (the first is the default) on a UNIX socket at ``path``, mode 0600, starting
+        with the handshake. Returns a Deferred of the IListeningPort."""
+
+
+class IBlockDevice(Interface):
+    """An export as the kernel sees it, ready to be mounted."""
+
+    path: str = Attribute("What to mount: ``/dev/nbd3``, or a file.")
+    lost = Attribute("A Deferred that fires with None when the device has ended without `detach`.")
+
+    def is_held():  # type: ignore[no-untyped-def]
+        """A Deferred of bool: does anything (a mount in any namespace, an open file) still use it?"""
+
+    def detach():  # type: ignore[no-untyped-def]
+        """Give the device back; a Deferred of None when the kernel has let go of it. Idempotent."""
+
+
+class IDeviceConnector(Interface):
+    """A way to make an export a device: one of the back ends of ``--attach``."""
+
+    name: str = Attribute("As ``--attach`` has it.")
+
+    def check():  # type: ignore[no-untyped-def]
+        """A Deferred of None where this machine can do it, else it fails with
+        `erofs_twisted.errors.MountError` that says what is missing and the cure."""
+
+    def attach(export: IExport, server: INBDServer):  # type: ignore[no-untyped-def]
+        """A Deferred of an `IBlockDevice` of the export's size, or a failure that leaves nothing behind."""
+
+
+class IImageStore(Interface):
+    """Where an image lies: a repository of a registry, or a layout on disk."""
+
+    def resolve(platform):  # type: ignore[no-untyped-def]
+        """A Deferred of the `erofs_twisted.registry.manifest.ResolvedImage` for a `Platform`."""
+
+    def blob(descriptor):  # type: ignore[no-untyped-def]
+        """The `IBlobReader` of a layer's `erofs_twisted.registry.manifest.Descriptor`."""
+
+    def close():  # type: ignore[no-untyped-def]
+        """A Deferred of None when every connection and file is closed."""

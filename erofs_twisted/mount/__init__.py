@@ -1,0 +1,1 @@
+"""mount(2), umount2(2), and what /proc says of mounts."""

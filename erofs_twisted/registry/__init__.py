@@ -1,0 +1,1 @@
+"""OCI images at their origin: references, manifests, authentication, and blobs by Range requests."""

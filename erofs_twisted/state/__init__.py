@@ -1,0 +1,1 @@
+"""What is known of each mount, for other processes to read."""

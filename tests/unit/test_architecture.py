@@ -1,0 +1,144 @@
+"""The house has floors: a module imports only from floors below its own (docs/design.md)."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+from twisted.trial.unittest import SynchronousTestCase
+
+PACKAGE = Path(__file__).parents[2] / "erofs_twisted"
+
+FLOORS: dict[int, list[str]] = {
+    0: [
+        "",
+        "errors",
+        "interfaces",
+        "nbd",
+        "nbd.wire",
+        "nbd.errors",
+        "nbd.handshake",
+        "nbd.transmission",
+        "registry",
+        "registry.errors",
+        "registry.reference",
+        "registry.digest",
+        "registry.platform",
+        "registry.challenge",
+        "registry.manifest",
+        "registry.contentrange",
+        "erofs",
+        "erofs.superblock",
+        "blocks",
+        "blocks.chunks",
+        "device",
+        "device.uapi",
+        "device.genl",
+        "mount",
+        "mount.options",
+        "mount.mountinfo",
+        "state",
+        "state.records",
+    ],
+    1: [
+        "nbd.protocol",
+        "nbd.transport",
+        "nbd.server",
+        "registry.credentials",
+        "registry.auth",
+        "registry.transport",
+        "registry.blob",
+        "registry.client",
+        "registry.layout",
+        "blocks.source",
+        "blocks.cache",
+        "blocks.readahead",
+        "device.connector",
+        "device.nbd",
+        "device.fuse",
+        "mount.syscalls",
+        "mount.mountpoint",
+        "mount.watch",
+        "state.journal",
+    ],
+    2: ["image", "service", "control"],
+    3: ["tap", "cli"],
+}
+FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
+ROOTS = {"", "errors", "interfaces"}
+NO_IO = {"twisted", "treq", "socket", "os", "time", "threading", "subprocess", "asyncio", "select"}
+
+
+def modules() -> dict[str, ast.Module]:
+    found = {}
+    for path in PACKAGE.rglob("*.py"):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        found[name] = ast.parse(path.read_text(), filename=str(path))
+    return found
+
+
+def is_for_types_only(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
+def imports(tree: ast.AST) -> set[str]:
+    """Dotted names of all that a module imports at run time, also within functions."""
+    found: set[str] = set()
+    pending: list[ast.AST] = [tree]
+    while pending:
+        node = pending.pop()
+        if is_for_types_only(node):
+            continue
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.update(f"{node.module}.{alias.name}" for alias in node.names)
+        pending.extend(ast.iter_child_nodes(node))
+    return found
+
+
+def own(name: str, known: set[str]) -> str | None:
+    """The module of ours that a dotted import names, without the package's name."""
+    first, _, rest = name.partition(".")
+    if first != "erofs_twisted":
+        return None
+    while rest and rest not in known:
+        rest = rest.rpartition(".")[0]
+    return rest
+
+
+class ArchitectureTests(SynchronousTestCase):
+    def test_every_module_has_a_floor(self) -> None:
+        self.assertEqual(set(), set(modules()) - set(FLOOR))
+
+    def test_a_module_imports_only_from_below_or_from_its_own_package(self) -> None:
+        trees = modules()
+        wrong = []
+        for name, tree in trees.items():
+            for imported in imports(tree):
+                target = own(imported, set(trees))
+                if target is None or target == name or target in ROOTS:
+                    continue
+                same_room = target.partition(".")[0] == name.partition(".")[0]
+                lower = FLOOR[target] < FLOOR[name]
+                if not (lower or (same_room and FLOOR[target] == FLOOR[name])):
+                    wrong.append(f"{name} imports {target}")
+        self.assertEqual([], wrong)
+
+    def test_the_ground_floor_does_no_input_or_output(self) -> None:
+        wrong = []
+        for name, tree in modules().items():
+            if FLOOR.get(name) != 0 or name == "interfaces":
+                continue
+            wrong += [f"{name} imports {i}" for i in imports(tree) if i.partition(".")[0] in NO_IO]
+        self.assertEqual([], wrong)
+
+    def test_no_module_imports_the_global_reactor(self) -> None:
+        allowed = {"tap", "cli"}
+        wrong = [
+            name
+            for name, tree in modules().items()
+            if name not in allowed and "twisted.internet.reactor" in imports(tree)
+        ]
+        self.assertEqual([], wrong)
