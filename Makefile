@@ -1,0 +1,46 @@
+PYTHON = .venv/bin/python
+
+.PHONY: help setup demo test check unit integration kernel bench docs clean
+
+help:
+	@echo "make demo         mount a real EROFS image from a registry on loopback, and check every file of it"
+	@echo "make test         everything: style, types, unit, integration with real servers, kernel suite"
+	@echo "make setup        Debian packages and .venv, as demo and test do it themselves"
+	@echo "make check        ruff, mypy"
+	@echo "make unit | integration | kernel    a part of the tests"
+	@echo "make bench        speed, side by side with other programs"
+	@echo "make docs         the manual, in docs/_build/html"
+
+setup:
+	scripts/setup test
+
+demo:
+	scripts/setup demo
+	$(PYTHON) examples/demo.py
+
+test: check unit integration kernel
+
+check: setup
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+unit: setup
+	$(PYTHON) -m pytest -q tests/unit
+	.venv/bin/trial tests.unit
+
+integration: setup
+	$(PYTHON) -m pytest -q tests/integration
+
+kernel: setup
+	tests/kernel/run
+
+bench: setup
+	$(PYTHON) -m benchmarks.nbd_throughput
+	$(PYTHON) -m benchmarks.startup
+
+docs: setup
+	.venv/bin/sphinx-build -q -W -b html docs docs/_build/html
+
+clean:
+	rm -rf .venv docs/_build _trial_temp* .pytest_cache .mypy_cache .ruff_cache .hypothesis

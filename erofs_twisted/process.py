@@ -1,0 +1,68 @@
+"""This process as the system sees it: its signals, its exit status, its command line."""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import attrs
+
+
+def on_stop_signal(reactor: Any, stop: Callable[[str], None]) -> None:
+    """Call ``stop`` with the signal's name, in the reactor's thread, for each SIGTERM and SIGINT from the time
+    that the reactor runs.
+
+    Twisted's own handlers stop the reactor at once and let the process die by the signal. A mount has to be
+    taken down first, and after that the end is an orderly one, with exit status 0.
+    """
+
+    def received(number: int, frame: FrameType | None) -> None:
+        reactor.callFromThread(stop, signal.Signals(number).name)
+
+    def install() -> None:
+        signal.signal(signal.SIGTERM, received)
+        signal.signal(signal.SIGINT, received)
+
+    reactor.callWhenRunning(install)
+
+
+@attrs.define
+class ExitStatus:
+    """The exit status of a process that ends by leaving twistd, which itself always means 0."""
+
+    status: int = 0
+
+    def install(self) -> None:
+        """Call early: exit functions run last in, first out, and this one skips those before it."""
+        atexit.register(self._leave)
+
+    def _leave(self) -> None:
+        if self.status:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(self.status)
+
+
+def conceal_arguments(secrets: list[str]) -> None:
+    """Overwrite secrets among this process's arguments, so that ps(1) and /proc/PID/cmdline do not show them.
+
+    Linux keeps the arguments in the process's own memory, from ``arg_start`` to ``arg_end`` (proc_pid_stat(5),
+    fields 48 and 49).
+    """
+    if not secrets:
+        return
+    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    start, end = int(fields[45]), int(fields[46])
+    arguments = ctypes.string_at(start, end - start)
+    for secret in map(os.fsencode, secrets):
+        found = arguments.find(secret)
+        while found >= 0:
+            ctypes.memset(start + found, ord("*"), len(secret))
+            found = arguments.find(secret, found + len(secret))

@@ -1,0 +1,143 @@
+"""The state directory: one directory a mount, which its daemon holds locked, with its record inside."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from erofs_twisted.errors import MountError
+from erofs_twisted.state.records import MountRecord, RecordError, Status, record_name
+
+RECORD = "record.json"
+
+
+def process_started(pid: int) -> int | None:
+    """When a process started, in clock ticks since boot; None where there is no such process."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    except OSError:
+        return None
+    # The command, in parentheses, may hold anything; field 22 is the 20th behind it.
+    fields = stat.rpartition(")")[2].split()
+    return None if fields[0] in "ZX" else int(fields[19])
+
+
+@attrs.define
+class MountState:
+    """A mount's own directory, locked by this process: ``path`` is there until `release`."""
+
+    path: Path
+    _lock: int
+    record: MountRecord
+
+    def update(self, **changes: Any) -> None:
+        """Replace fields of the record, on disk in one step."""
+        self.record = attrs.evolve(self.record, **changes)
+        temporary = self.path / f"{RECORD}.new"
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(self.record.to_json())
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(self.path / RECORD)
+
+    def release(self, failure: str | None = None) -> None:
+        """Give the mount up, leaving nothing; with ``failure``, only the record that tells why, for whoever
+        waits for the mount (`Journal.take_failure`)."""
+        if self._lock < 0:
+            return
+        if failure is None:
+            shutil.rmtree(self.path, ignore_errors=True)
+        else:
+            self.update(status=Status.FAILED, reason=failure)
+        os.close(self._lock)
+        self._lock = -1
+
+
+@attrs.frozen
+class Journal:
+    """The mounts of this host that share a state directory."""
+
+    state_dir: Path
+
+    def claim(self, mountpoint: str, image: str) -> MountState:
+        """Begin a mount: its directory, locked, with a record that says 'starting'.
+
+        Raises `MountError` where another daemon serves that mount point or the directory cannot be made.
+        """
+        path = self._path(mountpoint)
+        try:
+            lock = self._lock(path)
+        except OSError as error:
+            if error.errno == errno.EWOULDBLOCK:
+                owner = self.read(mountpoint)
+                whose = f"process {owner.pid} ({owner.image})" if owner else "another process"
+                raise MountError(
+                    f"--mountpoint {mountpoint}: {whose} already serves it; "
+                    f"end that with 'erofs-nbd umount {mountpoint}'"
+                ) from error
+            raise MountError(
+                f"--state-dir {self.state_dir}: {error.strerror}; name a directory that this user may write"
+            ) from error
+        started = process_started(os.getpid())
+        assert started is not None, "this process runs"
+        record = MountRecord(mountpoint=mountpoint, image=image, pid=os.getpid(), pid_started=started)
+        state = MountState(path, lock, record)
+        state.update()
+        return state
+
+    def read(self, mountpoint: str) -> MountRecord | None:
+        """The record of a mount; None where there is none. Raises `RecordError` where it is damaged."""
+        try:
+            return MountRecord.from_json((self._path(mountpoint) / RECORD).read_bytes())
+        except FileNotFoundError:
+            return None
+        except PermissionError as error:
+            raise RecordError(
+                f"--state-dir {self.state_dir}: {error.strerror}; run as the user who mounted it"
+            ) from error
+
+    def forget(self, mountpoint: str) -> None:
+        """Drop what a daemon that has ended left of a mount. Raises OSError where a daemon still holds it."""
+        path = self._path(mountpoint)
+        with contextlib.suppress(FileNotFoundError):
+            lock = self._lock(path, make=False)
+            shutil.rmtree(path, ignore_errors=True)
+            os.close(lock)
+
+    def _path(self, mountpoint: str) -> Path:
+        return self.state_dir / record_name(mountpoint)
+
+    def _lock(self, path: Path, make: bool = True) -> int:
+        """Lock a mount's directory: the one that has that name, though others come and go meanwhile."""
+        while True:
+            if make:
+                path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            try:
+                lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            except FileNotFoundError:
+                if make:
+                    continue
+                raise
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.path.samestat(os.fstat(lock), path.stat()):
+                    return lock
+            except FileNotFoundError:
+                pass
+            except OSError:
+                os.close(lock)
+                raise
+            os.close(lock)
+
+
+def daemon_runs(record: MountRecord) -> bool:
+    """Is the daemon that wrote a record still the process that it was?"""
+    return process_started(record.pid) == record.pid_started

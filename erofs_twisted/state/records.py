@@ -1,0 +1,76 @@
+"""The record of a mount, as JSON: what another process may know of it. It holds no secret."""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+import json
+import re
+
+import attrs
+
+from erofs_twisted.errors import ErofsTwistedError
+
+VERSION = 1
+
+
+class Status(enum.StrEnum):
+    """How far a mount has come."""
+
+    STARTING = "starting"
+    READY = "ready"
+    STOPPING = "stopping"
+    FAILED = "failed"
+
+
+class RecordError(ErofsTwistedError):
+    """A record that is damaged, or that another version wrote."""
+
+
+@attrs.frozen(kw_only=True)
+class MountRecord:
+    """One mount, as its daemon sees it.
+
+    ``pid`` is the daemon's process, ``pid_started`` its start in clock ticks since boot (proc_pid_stat(5),
+    field 22): together they name a process for good. ``digest`` is the manifest's, ``reason`` tells why a
+    mount failed or what its end waits for.
+    """
+
+    mountpoint: str
+    image: str
+    pid: int
+    pid_started: int
+    status: Status = Status.STARTING
+    reason: str = ""
+    digest: str = ""
+    backend: str = ""
+    device: str = ""
+
+    def to_json(self) -> bytes:
+        return json.dumps({"version": VERSION, **attrs.asdict(self)}, indent=1).encode() + b"\n"
+
+    @classmethod
+    def from_json(cls, data: bytes) -> MountRecord:
+        """Raises `RecordError`."""
+        try:
+            fields = json.loads(data)
+        except ValueError as error:
+            raise RecordError(f"not JSON: {error}") from error
+        if not isinstance(fields, dict) or fields.pop("version", None) != VERSION:
+            raise RecordError(f"not a mount record of version {VERSION}")
+        expected = {field.name: int if "pid" in field.name else str for field in attrs.fields(cls)}
+        for name, kind in expected.items():
+            if type(fields.get(name)) is not kind:
+                raise RecordError(f"{name} is missing or not {kind.__name__}")
+        try:
+            fields["status"] = Status(fields["status"])
+        except ValueError as error:
+            raise RecordError(str(error)) from error
+        return cls(**{name: fields[name] for name in expected})
+
+
+def record_name(mountpoint: str) -> str:
+    """The name of a mount's own directory: readable, unique, and short, as a socket's path is limited."""
+    readable = re.sub(r"[^A-Za-z0-9]+", "-", mountpoint).strip("-")[-20:].strip("-")
+    unique = hashlib.sha256(mountpoint.encode("utf-8", "surrogateescape")).hexdigest()[:12]
+    return f"{readable}-{unique}" if readable else unique
