@@ -1,0 +1,207 @@
+"""``erofs-nbd``: look at an image, serve it, wait for a mount, end one. The mount itself is twistd's."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any, NoReturn, TypeVar
+
+import click
+
+from erofs_twisted import __version__
+from erofs_twisted.errors import ErofsTwistedError, MountError
+from erofs_twisted.mount.mountinfo import mounted_at
+from erofs_twisted.options import (
+    IMAGE_OPTIONS,
+    MOUNT_OPTIONS,
+    ImageConfig,
+    Option,
+    passwords_on_command_line,
+    read_image_config,
+    read_state_dir,
+)
+from erofs_twisted.process import conceal_arguments, on_stop_signal
+from erofs_twisted.state.journal import Journal, daemon_runs
+from erofs_twisted.state.records import Status
+
+POLL = 0.02
+UMOUNT_TIMEOUT = 30.0
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def takes(*names: str) -> Callable[[Command], Command]:
+    """The plugin's options of these names, for a command."""
+    table = {option.name: option for option in (*IMAGE_OPTIONS, *MOUNT_OPTIONS)}
+
+    def decorate(command: Command) -> Command:
+        for name in reversed(names):
+            command = _click_option(table[name])(command)
+        return command
+
+    return decorate
+
+
+def _click_option(option: Option) -> Callable[[Command], Command]:
+    if option.metavar is None:
+        return click.option(f"--{option.name}", option.name.replace("-", "_"), is_flag=True, help=option.help)
+    return click.option(
+        f"--{option.name}", option.name.replace("-", "_"), metavar=option.metavar, help=option.help
+    )
+
+
+takes_image_options = takes(*(option.name for option in IMAGE_OPTIONS))
+
+
+def _image_config(image: str, options: dict[str, Any]) -> ImageConfig:
+    values = {name.replace("_", "-"): value for name, value in options.items()}
+    conceal_arguments(passwords_on_command_line(values))
+    return read_image_config(image, values)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="erofs-nbd")
+def commands() -> None:
+    """Mount OCI images from their registry, lazily, on EROFS.
+
+    The mount itself is a service:  twistd erofs-nbd --image IMAGE --mountpoint DIR
+    """
+
+
+@commands.command()
+@click.argument("image")
+@click.option("--json", "as_json", is_flag=True, help="for programs")
+@takes("platform", "username", "password-file", "plain-http", "oci", "io-timeout")
+def inspect(image: str, as_json: bool, **options: Any) -> None:
+    """Show what IMAGE is: its digest, its platforms, its layers, and which of them are EROFS."""
+    from erofs_twisted.inspection import as_dict, resolve, show
+
+    config = _image_config(image, options)
+    resolved = _run(lambda reactor: resolve(reactor, config))
+    if as_json:
+        click.echo(json.dumps(as_dict(resolved), indent=2))
+    else:
+        show(resolved)
+
+
+@commands.command()
+@click.argument("image")
+@click.option("--socket", metavar="PATH", required=True, help="UNIX socket to listen on")
+@takes_image_options
+def serve(image: str, socket: str, **options: Any) -> None:
+    """Serve a layer of IMAGE to NBD clients on a UNIX socket, until Ctrl-C. No root is needed.
+
+    For nbdfuse, nbdcopy, qemu and the like: nbdinfo nbd+unix:///?socket=PATH
+    """
+    from erofs_twisted.serving import serve_image
+
+    config = _image_config(image, options)
+    path = os.path.abspath(socket)
+
+    def main(reactor: Any) -> Coroutine[Any, Any, None]:
+        return serve_image(reactor, config, path, ready=lambda text: click.echo(text, err=True))
+
+    _run(main)
+
+
+@commands.command()
+@click.argument("mountpoint")
+@click.option("--timeout", metavar="SECONDS", type=click.FloatRange(min=0), default=60.0, show_default=True)
+@takes("state-dir")
+def wait(mountpoint: str, timeout: float, state_dir: str | None) -> None:
+    """Return as soon as MOUNTPOINT can be used, or say why it cannot."""
+    path = os.path.abspath(mountpoint)
+    journal = Journal(read_state_dir({"state-dir": state_dir}))
+    deadline = time.monotonic() + timeout
+    while True:
+        record = journal.read(path)
+        if record is not None:
+            if record.status is Status.READY and mounted_at(path):
+                return
+            if not daemon_runs(record):
+                journal.forget(path)
+                raise MountError(
+                    record.reason or f"the daemon of {path} (process {record.pid}) died without a word"
+                )
+        if time.monotonic() >= deadline:
+            if record is None:
+                raise MountError(f"no daemon for {path} came up in {timeout:g} s; see its log")
+            reason = f": {record.reason}" if record.reason else ""
+            raise MountError(f"{path} is still {record.status} after {timeout:g} s{reason}")
+        time.sleep(POLL)
+
+
+@commands.command()
+@click.argument("mountpoint")
+@click.option("--lazy", is_flag=True, help="unmount also what is in use; it is served until its users let go")
+@takes("state-dir")
+def umount(mountpoint: str, lazy: bool, state_dir: str | None) -> None:
+    """Unmount MOUNTPOINT and wait until its device and its daemon have gone."""
+    from erofs_twisted.mount.mountpoint import Mountpoint
+    from erofs_twisted.mount.pool import SystemCallPool
+
+    path = os.path.abspath(mountpoint)
+    journal = Journal(read_state_dir({"state-dir": state_dir}))
+    record = journal.read(path)
+    if record is None:
+        raise MountError(f"{path} is not mounted by erofs-nbd, as far as {journal.state_dir} (--state-dir) knows")
+
+    async def unmount(reactor: Any) -> None:
+        pool = SystemCallPool(reactor)
+        try:
+            await Mountpoint(reactor, pool, path).unmount(lazy=lazy)
+        finally:
+            await pool.stop()
+
+    _run(unmount)
+    if lazy:
+        return
+    deadline = time.monotonic() + UMOUNT_TIMEOUT
+    while daemon_runs(record):
+        if time.monotonic() >= deadline:
+            raise MountError(f"{path} is unmounted, but its daemon (process {record.pid}) still runs; see its log")
+        time.sleep(POLL)
+    journal.forget(path)
+
+
+def _run(main: Callable[[Any], Coroutine[Any, Any, Any]]) -> Any:
+    """Run a coroutine on the reactor; Ctrl-C and SIGTERM cancel it, which is no error."""
+    from twisted.internet import reactor
+    from twisted.internet.defer import CancelledError, Deferred
+    from twisted.python.failure import Failure
+
+    outcome: list[Any] = []
+
+    def begin() -> None:
+        work = Deferred.fromCoroutine(main(reactor))
+        on_stop_signal(reactor, lambda name: work.cancel())
+        work.addBoth(outcome.append)
+        work.addBoth(lambda _: reactor.stop())  # type: ignore[attr-defined]
+
+    reactor.callWhenRunning(begin)  # type: ignore[attr-defined]
+    reactor.run()  # type: ignore[attr-defined]
+    (result,) = outcome
+    if not isinstance(result, Failure):
+        return result
+    if result.check(CancelledError):
+        sys.exit(0)
+    result.raiseException()
+    raise AssertionError
+
+
+def main() -> NoReturn:
+    """The ``erofs-nbd`` program: exit status 0, or 1 with a message."""
+    try:
+        commands.main(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(1)
+    except click.Abort:
+        sys.exit(1)
+    except ErofsTwistedError as error:
+        click.echo(f"erofs-nbd: {error}", err=True)
+        sys.exit(1)
+    sys.exit(0)

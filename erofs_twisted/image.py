@@ -1,0 +1,168 @@
+"""From an image to what a device serves: choose the layers, check that they are EROFS, make exports of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import attrs
+from twisted.internet.defer import Deferred
+from twisted.python.threadpool import ThreadPool
+from zope.interface import implementer
+
+from erofs_twisted.blocks.cache import CacheDirectory
+from erofs_twisted.blocks.source import BlobSource
+from erofs_twisted.erofs.superblock import Superblock
+from erofs_twisted.errors import MountError
+from erofs_twisted.interfaces import FileSpan, IExport, IImageStore, Segment
+from erofs_twisted.options import ImageConfig
+from erofs_twisted.registry.manifest import Descriptor, ResolvedImage
+from erofs_twisted.registry.store import open_store
+
+EROFS_MEDIA_TYPES = frozenset(
+    {
+        "application/vnd.erofs",  # erofs-utils
+        "application/vnd.erofs.layer.v1",  # containerd 2.x
+    }
+)
+BLOCK = 4096
+"""A device is a whole number of these: the nbd driver would lose a tail that is shorter."""
+
+
+class LayerError(MountError):
+    """The image has no layer that can be mounted as asked."""
+
+
+def is_erofs(descriptor: Descriptor) -> bool:
+    """Is a layer an EROFS image as it lies in the registry, so that ranges of it are blocks?"""
+    return descriptor.media_type in EROFS_MEDIA_TYPES
+
+
+def choose_layer(image: ResolvedImage, index: int | None) -> Descriptor:
+    """The one layer to mount: layer ``index``, or the only one. Raises `LayerError`."""
+    layers = image.layers
+    if not layers:
+        raise LayerError(f"{image.reference}: the manifest {image.digest} has no layers")
+    if index is None and len(layers) > 1:
+        raise LayerError(
+            f"{image.reference} has {len(layers)} layers; --layer N mounts one of them:\n{describe_layers(layers)}"
+        )
+    if index is not None and index >= len(layers):
+        raise LayerError(
+            f"--layer {index}: {image.reference} has only these layers:\n{describe_layers(layers)}"
+        )
+    layer = layers[index or 0]
+    if not is_erofs(layer):
+        raise LayerError(f"layer {index or 0} of {image.reference} {_why_not_erofs(layer)}")
+    return layer
+
+
+def describe_layers(layers: Sequence[Descriptor]) -> str:
+    """A line a layer: index, media type, size in bytes, digest."""
+    return "\n".join(
+        f"  {index}  {layer.media_type}  {layer.size} bytes  {layer.digest}"
+        for index, layer in enumerate(layers)
+    )
+
+
+def _why_not_erofs(layer: Descriptor) -> str:
+    plain, plus, suffix = layer.media_type.partition("+")
+    if plus and plain in EROFS_MEDIA_TYPES:
+        return (
+            f"is {layer.media_type}: an EROFS image compressed as a whole with {suffix} cannot be read by ranges; "
+            f"push it as {plain} (mkfs.erofs -z compresses inside the image)"
+        )
+    return (
+        f"has the media type {layer.media_type}, which is not EROFS; "
+        f"mountable are {' and '.join(sorted(EROFS_MEDIA_TYPES))}"
+    )
+
+
+@implementer(IExport)
+@attrs.define
+class BlobExport:
+    """One blob as a device: its bytes, then zeros up to a whole block."""
+
+    name: str
+    description: str
+    source: BlobSource
+    size: int = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.size = -(-self.source.size // BLOCK) * BLOCK
+
+    def read(self, offset: int, length: int) -> list[Segment] | Deferred[list[Segment]]:
+        beyond = offset + length - self.source.size
+        if beyond <= 0:
+            return self.source.read(offset, length)
+        if beyond >= length:
+            return [bytes(length)]
+        head = self.source.read(offset, length - beyond)
+        if isinstance(head, Deferred):
+            return head.addCallback(lambda segments: [*segments, bytes(beyond)])
+        return [*head, bytes(beyond)]
+
+    def prefetch(self, offset: int, length: int) -> Deferred[None]:
+        inside = min(length, self.source.size - offset)
+        return self.source.prefetch(offset, max(inside, 0))
+
+    def extents(self, offset: int, length: int) -> list[tuple[int, bool]]:
+        beyond = min(max(offset + length - self.source.size, 0), length)
+        return [(part, hole) for part, hole in ((length - beyond, False), (beyond, True)) if part]
+
+
+@attrs.define
+class OpenImage:
+    """An image whose layer can be served: `export` reads through the cache from `store`."""
+
+    resolved: ResolvedImage
+    export: BlobExport
+    _store: IImageStore
+
+    async def close(self) -> None:
+        """Fetches under way end, and readers that wait for them get an error; the cache is flushed."""
+        await self.export.source.close()
+        await self._store.close()
+
+
+async def open_image(reactor: Any, pool: ThreadPool, config: ImageConfig) -> OpenImage:
+    """Resolve an image, choose its layer, and check the layer's superblock, read through the data path.
+
+    Raises `LayerError`, `SuperblockError`, or what the registry's client raises; then nothing is left open.
+    """
+    store = open_store(
+        reactor,
+        config.reference,
+        credentials=config.credentials,
+        plain_http=config.plain_http,
+        io_timeout=config.io_timeout,
+        pool=pool,
+    )
+    try:
+        resolved = await store.resolve(config.platform)
+        layer = choose_layer(resolved, config.layer)
+        cached = await CacheDirectory(reactor, pool, config.cache_dir).open(layer.digest, layer.size)
+        source = BlobSource(store.blob(layer), cached, reactor)
+        try:
+            Superblock.parse(await read_bytes(source, 0, min(layer.size, BLOCK)), layer.size)
+        except BaseException:
+            await source.close()
+            raise
+    except BaseException:
+        await store.close()
+        raise
+    name = str(config.reference)
+    description = f"{layer.media_type} {layer.digest}"
+    return OpenImage(resolved, BlobExport(name=name, description=description, source=source), store)
+
+
+async def read_bytes(source: BlobSource, offset: int, length: int) -> bytes:
+    """A range of a blob, in memory. Raises `ReadError`."""
+    segments = source.read(offset, length)
+    if isinstance(segments, Deferred):
+        segments = await segments
+    return b"".join(
+        os.pread(segment.fd, segment.length, segment.offset) if isinstance(segment, FileSpan) else segment
+        for segment in segments
+    )

@@ -1,0 +1,80 @@
+"""What an image is, for people and for programs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from erofs_twisted.image import is_erofs
+from erofs_twisted.mount.pool import SystemCallPool
+from erofs_twisted.options import ImageConfig
+from erofs_twisted.registry.manifest import ResolvedImage
+from erofs_twisted.registry.store import open_store
+
+
+async def resolve(reactor: Any, config: ImageConfig) -> ResolvedImage:
+    """Ask the image's origin. Raises what its store raises."""
+    pool = SystemCallPool(reactor)
+    try:
+        store = open_store(
+            reactor,
+            config.reference,
+            credentials=config.credentials,
+            plain_http=config.plain_http,
+            io_timeout=config.io_timeout,
+            pool=pool,
+        )
+        try:
+            resolved: ResolvedImage = await store.resolve(config.platform)
+            return resolved
+        finally:
+            await store.close()
+    finally:
+        await pool.stop()
+
+
+def as_dict(image: ResolvedImage) -> dict[str, Any]:
+    """For JSON: sizes in bytes, layers in the manifest's order, the lowest first."""
+    return {
+        "reference": str(image.reference),
+        "digest": image.digest,
+        "index_digest": image.index_digest,
+        "platform": str(image.platform) if image.platform else None,
+        "platforms": [str(platform) for platform in image.platforms],
+        "layers": [
+            {
+                "index": index,
+                "media_type": layer.media_type,
+                "size": layer.size,
+                "digest": layer.digest,
+                "erofs": is_erofs(layer),
+            }
+            for index, layer in enumerate(image.layers)
+        ],
+    }
+
+
+def show(image: ResolvedImage, console: Console | None = None) -> None:
+    """Print a table; in full where the output is no terminal."""
+    console = console or Console(soft_wrap=True, highlight=False)
+    facts = [("image", str(image.reference)), ("digest", image.digest)]
+    if image.index_digest:
+        facts.append(("index", image.index_digest))
+    if image.platform:
+        facts.append(("platform", str(image.platform)))
+    if image.platforms:
+        facts.append(("platforms", ", ".join(map(str, image.platforms))))
+    for name, value in facts:
+        console.print(f"[bold]{name:<10}[/bold] {escape(value)}")
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading, justify in (("layer", "right"), ("EROFS", "left"), ("size", "right"), ("media type", "left")):
+        table.add_column(heading, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+    table.add_column("digest", no_wrap=True)
+    for index, layer in enumerate(image.layers):
+        erofs = "[green]yes[/green]" if is_erofs(layer) else "no"
+        table.add_row(str(index), erofs, f"{layer.size:,}", escape(layer.media_type), layer.digest)
+    console.print()
+    console.print(table)

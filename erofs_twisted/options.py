@@ -1,0 +1,272 @@
+"""The options of the plugin and of the commands: one table, one way to read them.
+
+`Option` says how an option is spelt and explained; `read_image_config` and `read_mount_config` turn what the
+user typed, as strings, into values. Every mistake is an `OptionError` that names the option.
+"""
+
+from __future__ import annotations
+
+import os
+import platform as host
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TypeVar
+
+import attrs
+
+from erofs_twisted.device.nbd import NBDSettings
+from erofs_twisted.errors import ErofsTwistedError
+from erofs_twisted.mount.options import MountOptions
+from erofs_twisted.registry.credentials import Credentials
+from erofs_twisted.registry.platform import Platform
+from erofs_twisted.registry.reference import ImageReference, LayoutReference, parse_reference
+
+Values = Mapping[str, str | bool | None]
+"""What the user typed, by option name: a flag is a bool, an option that was not given is None."""
+
+Read = TypeVar("Read")
+
+MAX_PASSWORD = 64 * 1024
+
+
+class OptionError(ErofsTwistedError):
+    """What was given for one option cannot be used."""
+
+    def __init__(self, option: str, message: str) -> None:
+        super().__init__(f"--{option}: {message}")
+        self.option = option
+
+
+@attrs.frozen
+class Option:
+    """``metavar`` is None for a flag. The default stands in brackets at the end of ``help``."""
+
+    name: str
+    metavar: str | None
+    help: str
+
+
+IMAGE_OPTIONS = (
+    Option("platform", "OS/ARCH[/VARIANT]", "which image of an index [this host's own]"),
+    Option("layer", "N", "only this layer, counted from 0 [all]"),
+    Option("username", "NAME", "user at the registry; goes with --password-file"),
+    Option("password-file", "PATH", "file that holds the password or token; - is standard input"),
+    Option("plain-http", None, "speak HTTP without TLS to the registry (loopback hosts: always)"),
+    Option("oci", "KEY=VALUE,…", "platform=, layer=, username= and password= in one, as mount.erofs has it"),
+    Option("cache-dir", "DIR", "where fetched blocks are kept [/var/cache/erofs-twisted]"),
+    Option("io-timeout", "SECONDS", "how long a read is retried before it fails with EIO [120]"),
+)
+
+MOUNT_OPTIONS = (
+    Option("image", "IMAGE", "HOST[:PORT]/REPOSITORY[:TAG][@DIGEST], or oci:DIR[:TAG]"),
+    Option("mountpoint", "DIR", "directory to mount the image on"),
+    Option("mkdir", None, "make the mount point where it is missing, and remove it at the end"),
+    Option("options", "OPT,…", "mount options for EROFS, such as cache_strategy=readaround"),
+    Option("attach", "auto|nbd|fuse", "how the image becomes a device [auto: nbd, else fuse]"),
+    Option("on-stop", "wait|lazy", "told to stop with the mount in use: wait for its users, or umount -l [wait]"),
+    Option("state-dir", "DIR", "where mounts are recorded [/run/erofs-twisted]"),
+    Option("nbd-io-timeout", "MS", "the block layer's queue/io_timeout of the device [1000]"),
+    Option("nbd-timeout", "SECONDS", "the driver's request timeout; 0: none, a slow reply hurts nobody [0]"),
+    Option("nbd-dead-conn-timeout", "SECONDS", "how long the kernel keeps reads of a dead daemon [300]"),
+    Option("nbd-backend-identifier", "TEXT", "names the device's server to the kernel [the layer's digest]"),
+    Option("nbd-read-ahead", "KIB", "the device's read_ahead_kb [1024]"),
+    Option("nbd-max-request", "KIB", "the device's max_sectors_kb [1024]"),
+)
+
+OCI_KEYS = ("platform", "layer", "username", "password")
+
+
+@attrs.frozen(kw_only=True)
+class ImageConfig:
+    """Which image, and how to get at it. ``layer`` None means all layers; ``io_timeout`` is in seconds."""
+
+    reference: ImageReference | LayoutReference
+    platform: Platform
+    layer: int | None
+    credentials: Credentials | None
+    plain_http: bool
+    cache_dir: Path
+    io_timeout: float
+
+
+@attrs.frozen(kw_only=True)
+class MountConfig:
+    """One mount. ``on_stop`` is 'wait' or 'lazy', ``attach`` 'auto', 'nbd' or 'fuse'."""
+
+    image: ImageConfig
+    mountpoint: str
+    mkdir: bool
+    options: MountOptions
+    attach: str
+    on_stop: str
+    state_dir: Path
+    nbd: NBDSettings
+
+
+def read_image_config(image: str, values: Values) -> ImageConfig:
+    """From what was typed; reads the password file. Raises `OptionError`."""
+    values = _with_oci_shorthand(values)
+    reference = _read("image", image, parse_reference)
+    if isinstance(reference, LayoutReference):
+        reference = attrs.evolve(reference, path=os.path.abspath(reference.path))
+    return ImageConfig(
+        reference=reference,
+        platform=_given(values, "platform", Platform.parse, lambda: Platform.of_host(host.machine())),
+        layer=_given(values, "layer", _whole_number, lambda: None),
+        credentials=_credentials(values),
+        plain_http=bool(values.get("plain-http")),
+        cache_dir=_given(values, "cache-dir", _directory, default_cache_dir),
+        io_timeout=_given(values, "io-timeout", _seconds, lambda: 120.0),
+    )
+
+
+def read_mount_config(values: Values) -> MountConfig:
+    """From what was typed. Raises `OptionError`."""
+    for required, example in (("image", "registry.example/app:1.2"), ("mountpoint", "/mnt")):
+        if not values.get(required):
+            raise OptionError(required, f"is missing; for example: --{required} {example}")
+    settings = NBDSettings()
+    return MountConfig(
+        image=read_image_config(str(values["image"]), values),
+        mountpoint=os.path.abspath(str(values["mountpoint"])),
+        mkdir=bool(values.get("mkdir")),
+        options=_given(values, "options", MountOptions.parse, MountOptions),
+        attach=_given(values, "attach", _one_of("auto", "nbd", "fuse"), lambda: "auto"),
+        on_stop=_given(values, "on-stop", _one_of("wait", "lazy"), lambda: "wait"),
+        state_dir=_given(values, "state-dir", _directory, default_state_dir),
+        nbd=NBDSettings(
+            io_timeout_ms=_given(values, "nbd-io-timeout", _whole_number, lambda: settings.io_timeout_ms),
+            timeout=_given(values, "nbd-timeout", _whole_number, lambda: settings.timeout),
+            dead_conn_timeout=_given(
+                values, "nbd-dead-conn-timeout", _whole_number, lambda: settings.dead_conn_timeout
+            ),
+            backend_identifier=_given(values, "nbd-backend-identifier", str, lambda: None),
+            read_ahead_kb=_given(values, "nbd-read-ahead", _kib, lambda: settings.read_ahead_kb),
+            max_sectors_kb=_given(values, "nbd-max-request", _kib, lambda: settings.max_sectors_kb),
+        ),
+    )
+
+
+def read_state_dir(values: Values) -> Path:
+    """``--state-dir`` alone, for commands that only look at mounts. Raises `OptionError`."""
+    return _given(values, "state-dir", _directory, default_state_dir)
+
+
+def default_cache_dir() -> Path:
+    if os.geteuid() == 0:
+        return Path("/var/cache/erofs-twisted")
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "erofs-twisted"
+
+
+def default_state_dir() -> Path:
+    if os.geteuid() == 0:
+        return Path("/run/erofs-twisted")
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    return Path(runtime) / "erofs-twisted" if runtime else Path(f"/tmp/erofs-twisted-{os.geteuid()}")
+
+
+def passwords_on_command_line(values: Values) -> list[str]:
+    """The passwords that ``--oci`` carries: for those who can hide them from other users."""
+    pairs = (item.partition("=") for item in str(values.get("oci") or "").split(","))
+    return [value for key, _, value in pairs if key == "password" and value]
+
+
+def _with_oci_shorthand(values: Values) -> dict[str, str | bool | None]:
+    """``--oci`` spelt out: each of its keys in the place of the option of the same name."""
+    merged = dict(values)
+    shorthand = merged.pop("oci", None)
+    if shorthand is None:
+        return merged
+    for item in str(shorthand).split(","):
+        key, equals, value = item.partition("=")
+        if key not in OCI_KEYS:
+            raise OptionError("oci", f"unknown key {key!r}; it takes {', '.join(OCI_KEYS)}")
+        if not equals or not value:
+            raise OptionError("oci", f"{key}= has no value; leave it out, or give one")
+        if merged.get(key) is not None:
+            raise OptionError("oci", f"{key}= is given twice, here or as --{key}; give it once")
+        merged[key] = value
+    return merged
+
+
+def _credentials(values: Values) -> Credentials | None:
+    username, file, password = values.get("username"), values.get("password-file"), values.get("password")
+    if file is not None and password is not None:
+        raise OptionError("password-file", "the password is also in --oci; give it once")
+    if file is not None:
+        password = _read("password-file", str(file), _password_in)
+    if username is None and password is None:
+        return None
+    if not username:
+        raise OptionError("username", "is missing, though there is a password; give both")
+    if password is None:
+        raise OptionError("password-file", f"is missing, though there is --username {username}; give both")
+    return Credentials(str(username), str(password))
+
+
+def _password_in(path: str) -> str:
+    if path == "-":
+        password = sys.stdin.read(MAX_PASSWORD)
+    else:
+        try:
+            with open(path, encoding="utf-8") as file:
+                password = file.read(MAX_PASSWORD)
+        except OSError as error:
+            raise ValueError(f"{path}: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: not text in UTF-8") from error
+    password = password.removesuffix("\n").removesuffix("\r")
+    if not password:
+        raise ValueError("standard input was empty" if path == "-" else f"{path} is empty")
+    return password
+
+
+def _read(option: str, text: str, parse: Callable[[str], Read]) -> Read:
+    if not text:
+        raise OptionError(option, "is empty; leave it out, or give a value")
+    try:
+        return parse(text)
+    except (ValueError, ErofsTwistedError) as error:
+        raise OptionError(option, str(error)) from error
+
+
+def _given(values: Values, option: str, parse: Callable[[str], Read], default: Callable[[], Read]) -> Read:
+    text = values.get(option)
+    return default() if text is None else _read(option, str(text), parse)
+
+
+def _whole_number(text: str) -> int:
+    if not (text.isascii() and text.isdigit()):
+        raise ValueError(f"{text!r} is not a whole number from 0 up")
+    return int(text)
+
+
+def _kib(text: str) -> int:
+    number = _whole_number(text)
+    if not 4 <= number <= 32768:
+        raise ValueError(f"{text} is out of range; it is 4 to 32768, in KiB")
+    return number
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 < seconds < 1e9:
+        raise ValueError(f"{text!r} is not a number of seconds above 0")
+    return seconds
+
+
+def _directory(text: str) -> Path:
+    return Path(os.path.abspath(text))
+
+
+def _one_of(*choices: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in choices:
+            raise ValueError(f"{text!r} is not known; it is one of {', '.join(choices)}")
+        return text
+
+    return parse

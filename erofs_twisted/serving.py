@@ -1,0 +1,31 @@
+"""An image's layer on a UNIX socket, for NBD clients in user space."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from typing import Any
+
+from twisted.internet.defer import Deferred
+
+from erofs_twisted.image import open_image
+from erofs_twisted.mount.pool import SystemCallPool
+from erofs_twisted.nbd.server import NBDServer
+from erofs_twisted.options import ImageConfig
+
+
+async def serve_image(reactor: Any, config: ImageConfig, path: str, ready: Callable[[str], None]) -> None:
+    """Serve until cancelled; ``ready`` is told, in a line for people, once clients may come.
+
+    Raises what `open_image` raises, or `MountError` where ``path`` cannot be listened on; leaves nothing.
+    """
+    async with AsyncExitStack() as undo:
+        pool = SystemCallPool(reactor)
+        undo.push_async_callback(pool.stop)
+        image = await open_image(reactor, pool, config)
+        undo.push_async_callback(image.close)
+        server = NBDServer(reactor)
+        undo.push_async_callback(server.stop)
+        await server.listen(path, [image.export])
+        ready(f"serving {config.reference} ({image.resolved.digest}), {image.export.size} bytes, on {path}")
+        await Deferred()

@@ -1,0 +1,77 @@
+"""The ``erofs-nbd`` plugin of twistd: its options, and the service made of them."""
+
+from __future__ import annotations
+
+import sys
+
+from twisted.application.service import IService
+from twisted.python import usage
+
+from erofs_twisted.options import (
+    IMAGE_OPTIONS,
+    MOUNT_OPTIONS,
+    MountConfig,
+    OptionError,
+    passwords_on_command_line,
+    read_mount_config,
+)
+from erofs_twisted.process import ExitStatus, conceal_arguments
+
+OPTIONS = (*MOUNT_OPTIONS[:2], *IMAGE_OPTIONS, *MOUNT_OPTIONS[2:])
+
+
+class Options(usage.Options):
+    """`config` is what was asked for, once `parseOptions` has returned."""
+
+    synopsis = "Usage: twistd [twistd's options] erofs-nbd --image IMAGE --mountpoint DIR [options]"
+    longdesc = (
+        "Mounts an OCI image straight from its registry on the kernel's EROFS file system, read-only, fetching "
+        "only what is read. A daemon, unless twistd is given -n; ends when the mount point is unmounted, or on "
+        "SIGTERM. 'erofs-nbd wait DIR' tells when the mount is usable. Defaults are in brackets."
+    )
+    optParameters = [[o.name, None, None, o.help] for o in OPTIONS if o.metavar is not None]
+    optFlags = [[o.name, None, o.help] for o in OPTIONS if o.metavar is None]
+    compData = usage.Completions(
+        optActions={
+            "mountpoint": usage.CompleteDirs(),
+            "cache-dir": usage.CompleteDirs(),
+            "state-dir": usage.CompleteDirs(),
+            "password-file": usage.CompleteFiles(),
+            "attach": usage.CompleteList(["auto", "nbd", "fuse"]),
+            "on-stop": usage.CompleteList(["wait", "lazy"]),
+        }
+    )
+    config: MountConfig
+
+    def parseOptions(self, options: list[str] | None = None) -> None:
+        try:
+            super().parseOptions(options)
+        except usage.UsageError as error:
+            if self.parent is None:
+                raise
+            # twistd would print its own help, and this message below all that.
+            sys.exit(f"twistd erofs-nbd: {error}\nTry 'twistd erofs-nbd --help'.")
+
+    def parseArgs(self, *unexpected: str) -> None:
+        if unexpected:
+            raise usage.UsageError(
+                f"unexpected argument {unexpected[0]!r}; the image goes with --image, the directory with --mountpoint"
+            )
+
+    def postOptions(self) -> None:
+        conceal_arguments(passwords_on_command_line(self))
+        try:
+            self.config = read_mount_config(self)
+        except OptionError as error:
+            raise usage.UsageError(str(error)) from error
+
+
+def makeService(options: Options) -> IService:
+    """Build the service; nothing is opened until it starts, for twistd forks in between."""
+    from twisted.internet import reactor
+
+    from erofs_twisted.service import MountService
+
+    exit_status = ExitStatus()
+    exit_status.install()
+    return MountService(reactor, options.config, exit_status)
