@@ -1,0 +1,138 @@
+"""Records of mounts, and the state directory that holds them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from hypothesis import given
+from hypothesis import strategies as st
+from twisted.trial.unittest import SynchronousTestCase
+
+from erofs_twisted.errors import MountError
+from erofs_twisted.state.journal import Journal, daemon_runs, process_started
+from erofs_twisted.state.records import MountRecord, RecordError, Status, record_name
+
+texts = st.text(max_size=20)
+records = st.builds(
+    MountRecord,
+    mountpoint=texts,
+    image=texts,
+    pid=st.integers(1, 2**22),
+    pid_started=st.integers(0),
+    status=st.sampled_from(Status),
+    reason=texts,
+    digest=texts,
+    backend=texts,
+    device=texts,
+)
+
+
+class RecordTests(SynchronousTestCase):
+    @given(records)
+    def test_a_record_survives_being_written_and_read(self, record: MountRecord) -> None:
+        self.assertEqual(record, MountRecord.from_json(record.to_json()))
+
+    @given(st.binary())
+    def test_no_bytes_raise_anything_but_a_record_error(self, data: bytes) -> None:
+        self.assertRaises(RecordError, MountRecord.from_json, data)
+
+    @given(records, st.data())
+    def test_a_record_without_one_of_its_fields_is_refused(
+        self, record: MountRecord, data: st.DataObject
+    ) -> None:
+        field = data.draw(st.sampled_from(sorted(MountRecord.__annotations__)))
+        damaged = record.to_json().replace(f'"{field}"'.encode(), b'"other"', 1)
+        self.assertRaises(RecordError, MountRecord.from_json, damaged)
+
+    def test_a_record_of_another_version_is_refused(self) -> None:
+        record = MountRecord(mountpoint="/mnt", image="a", pid=1, pid_started=2)
+        newer = record.to_json().replace(b'"version": 1', b'"version": 2')
+        self.assertRaises(RecordError, MountRecord.from_json, newer)
+
+    @given(st.text(), st.text())
+    def test_a_name_is_a_short_file_name_of_one_mount_point(self, one: str, other: str) -> None:
+        name = record_name(one)
+        self.assertLessEqual(len(name), 33)
+        self.assertNotIn("/", name)
+        self.assertNotIn(name, ("", ".", ".."))
+        self.assertEqual(one == other, name == record_name(other))
+
+
+class JournalTests(SynchronousTestCase):
+    def setUp(self) -> None:
+        self.directory = Path(self.mktemp())
+        self.journal = Journal(self.directory)
+
+    def test_a_claimed_mount_is_on_record_as_starting(self) -> None:
+        state = self.journal.claim("/mnt", "registry.example/app")
+        self.addCleanup(state.release)
+        record = self.journal.read("/mnt")
+        self.assertEqual(
+            (Status.STARTING, os.getpid(), "registry.example/app"), (record.status, record.pid, record.image)
+        )
+        self.assertTrue(daemon_runs(record))
+
+    def test_a_mount_point_can_be_claimed_only_once(self) -> None:
+        state = self.journal.claim("/mnt", "registry.example/app")
+        self.addCleanup(state.release)
+        error = self.assertRaises(MountError, self.journal.claim, "/mnt", "registry.example/other")
+        self.assertIn(f"process {os.getpid()} (registry.example/app)", str(error))
+
+    def test_two_mount_points_do_not_disturb_each_other(self) -> None:
+        for mountpoint in ("/mnt", "/mnt/inner"):
+            self.addCleanup(self.journal.claim(mountpoint, "a").release)
+        self.assertEqual("/mnt/inner", self.journal.read("/mnt/inner").mountpoint)
+
+    def test_an_update_replaces_only_what_it_names(self) -> None:
+        state = self.journal.claim("/mnt", "a")
+        self.addCleanup(state.release)
+        state.update(status=Status.READY, device="/dev/nbd7")
+        record = self.journal.read("/mnt")
+        self.assertEqual((Status.READY, "/dev/nbd7", "a"), (record.status, record.device, record.image))
+
+    def test_a_released_mount_leaves_nothing(self) -> None:
+        self.journal.claim("/mnt", "a").release()
+        self.assertEqual([], list(self.directory.iterdir()))
+        self.assertIsNone(self.journal.read("/mnt"))
+
+    def test_a_failed_mount_leaves_its_reason_until_it_is_forgotten(self) -> None:
+        self.journal.claim("/mnt", "a").release("no such image")
+        record = self.journal.read("/mnt")
+        self.assertEqual((Status.FAILED, "no such image"), (record.status, record.reason))
+        self.journal.forget("/mnt")
+        self.assertEqual([], list(self.directory.iterdir()))
+
+    def test_a_failed_mount_can_be_claimed_again(self) -> None:
+        self.journal.claim("/mnt", "a").release("no such image")
+        self.addCleanup(self.journal.claim("/mnt", "b").release)
+        self.assertEqual(("b", ""), (self.journal.read("/mnt").image, self.journal.read("/mnt").reason))
+
+    def test_what_a_daemon_holds_cannot_be_forgotten(self) -> None:
+        self.addCleanup(self.journal.claim("/mnt", "a").release)
+        self.assertRaises(OSError, self.journal.forget, "/mnt")
+
+    def test_a_state_directory_that_cannot_be_made_is_named_with_its_option(self) -> None:
+        file = Path(self.mktemp())
+        file.touch()
+        error = self.assertRaises(MountError, Journal(file / "state").claim, "/mnt", "a")
+        self.assertIn("--state-dir", str(error))
+
+    def test_the_state_is_for_its_owner_only(self) -> None:
+        state = self.journal.claim("/mnt", "a")
+        self.addCleanup(state.release)
+        self.assertEqual(0o700, state.path.stat().st_mode & 0o777)
+        self.assertEqual(0o600, (state.path / "record.json").stat().st_mode & 0o777)
+
+    def test_a_process_that_has_ended_does_not_run(self) -> None:
+        pid = os.fork()
+        if pid == 0:
+            os._exit(0)
+        os.waitpid(pid, 0)
+        self.assertIsNone(process_started(pid))
+        gone = MountRecord(mountpoint="/mnt", image="a", pid=pid, pid_started=1)
+        self.assertFalse(daemon_runs(gone))
+
+    def test_a_process_id_used_again_is_not_the_daemon(self) -> None:
+        other = MountRecord(mountpoint="/mnt", image="a", pid=os.getpid(), pid_started=1)
+        self.assertFalse(daemon_runs(other))
