@@ -1,6 +1,6 @@
 """The main job, on real input: the Python standard library as an EROFS image, mounted from a registry.
 
-Makes the image with mkfs.erofs, serves it from a registry on loopback, mounts it through the back end that this
+Makes the image with mkfs.erofs, serves it from a registry on loopback, mounts it by the back end that this
 machine has, compares every file with its source, and leaves nothing behind. Needs root, as mount(2) does.
 """
 

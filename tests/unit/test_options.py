@@ -1,0 +1,213 @@
+"""The options of the plugin and of the commands, as users type them."""
+
+from __future__ import annotations
+
+import io
+import os
+import platform
+import sys
+from pathlib import Path
+
+from hypothesis import given
+from hypothesis import strategies as st
+from twisted.python import usage
+from twisted.trial.unittest import SynchronousTestCase
+
+from erofs_twisted.cli import commands
+from erofs_twisted.options import IMAGE_OPTIONS, MOUNT_OPTIONS, OptionError, read_image_config
+from erofs_twisted.registry.platform import Platform
+from erofs_twisted.tap import Options
+
+IMAGE = ("--image", "registry.example/app:1.2")
+WHERE = ("--mountpoint", "/mnt")
+
+
+def parse(*arguments: str) -> Options:
+    options = Options()
+    options.parseOptions(list(arguments))
+    return options
+
+
+class OptionsTestCase(SynchronousTestCase):
+    def secret_file(self, content: str) -> str:
+        path = self.mktemp()
+        Path(path).write_text(content)
+        return path
+
+    def refuses(self, *arguments: str) -> str:
+        """The message that these arguments, beside an image and a mount point, are refused with."""
+        return str(self.assertRaises(usage.UsageError, parse, *IMAGE, *WHERE, *arguments))
+
+
+class DefaultTests(OptionsTestCase):
+    def test_an_image_and_a_mount_point_are_enough(self) -> None:
+        config = parse(*IMAGE, *WHERE).config
+        self.assertEqual("registry.example/app:1.2", str(config.image.reference))
+        self.assertEqual(
+            ("/mnt", False, "auto", "wait"), (config.mountpoint, config.mkdir, config.attach, config.on_stop)
+        )
+        self.assertEqual(
+            (None, None, False, 120.0),
+            (config.image.layer, config.image.credentials, config.image.plain_http, config.image.io_timeout),
+        )
+
+    def test_the_platform_is_the_hosts_own(self) -> None:
+        self.patch(platform, "machine", lambda: "aarch64")
+        self.assertEqual(Platform.parse("linux/arm64"), parse(*IMAGE, *WHERE).config.image.platform)
+
+    def test_root_keeps_cache_and_state_where_the_system_does(self) -> None:
+        self.patch(os, "geteuid", lambda: 0)
+        config = parse(*IMAGE, *WHERE).config
+        self.assertEqual("/var/cache/erofs-twisted", str(config.image.cache_dir))
+        self.assertEqual("/run/erofs-twisted", str(config.state_dir))
+
+    def test_other_users_keep_cache_and_state_in_their_own_directories(self) -> None:
+        self.patch(os, "geteuid", lambda: 1000)
+        self.patch(os, "environ", {"XDG_CACHE_HOME": "/home/u/.cache", "XDG_RUNTIME_DIR": "/run/user/1000"})
+        config = parse(*IMAGE, *WHERE).config
+        self.assertEqual("/home/u/.cache/erofs-twisted", str(config.image.cache_dir))
+        self.assertEqual("/run/user/1000/erofs-twisted", str(config.state_dir))
+
+    def test_paths_are_absolute_as_a_daemon_changes_its_directory(self) -> None:
+        config = parse(
+            "--image", "oci:layout:1.2", "--mountpoint", "mnt", "--cache-dir", "c", "--state-dir", "s"
+        ).config
+        here = os.getcwd()
+        self.assertEqual(f"oci:{here}/layout:1.2", str(config.image.reference))
+        self.assertEqual(
+            [f"{here}/{name}" for name in ("mnt", "c", "s")],
+            [config.mountpoint, str(config.image.cache_dir), str(config.state_dir)],
+        )
+
+
+class GivenTests(OptionsTestCase):
+    def test_each_option_of_the_device_reaches_its_settings(self) -> None:
+        settings = parse(
+            *IMAGE, *WHERE,
+            "--nbd-io-timeout", "2000", "--nbd-timeout", "60", "--nbd-dead-conn-timeout", "7",
+            "--nbd-backend-identifier", "mine", "--nbd-read-ahead", "128", "--nbd-max-request", "512",
+        ).config.nbd  # fmt: skip
+        self.assertEqual(
+            (2000, 60, 7, "mine", 128, 512),
+            (
+                settings.io_timeout_ms,
+                settings.timeout,
+                settings.dead_conn_timeout,
+                settings.backend_identifier,
+                settings.read_ahead_kb,
+                settings.max_sectors_kb,
+            ),
+        )
+
+    def test_a_password_comes_from_a_file_without_its_last_line_end(self) -> None:
+        file = self.secret_file("pass word\n")
+        credentials = parse(
+            *IMAGE, *WHERE, "--username", "me", "--password-file", file
+        ).config.image.credentials
+        self.assertEqual(("me", "pass word"), (credentials.username, credentials.password))
+
+    def test_a_password_comes_from_standard_input(self) -> None:
+        self.patch(sys, "stdin", io.StringIO("secret\r\n"))
+        credentials = parse(
+            *IMAGE, *WHERE, "--username", "me", "--password-file", "-"
+        ).config.image.credentials
+        self.assertEqual("secret", credentials.password)
+
+    def test_the_shorthand_means_what_its_options_mean(self) -> None:
+        config = parse(
+            *IMAGE, *WHERE, "--oci=platform=linux/arm/v7,layer=3,username=me,password=a=b"
+        ).config.image
+        self.assertEqual(("linux/arm/v7", 3), (str(config.platform), config.layer))
+        self.assertEqual(("me", "a=b"), (config.credentials.username, config.credentials.password))
+
+
+class RefusedTests(OptionsTestCase):
+    def test_an_image_and_a_mount_point_are_needed(self) -> None:
+        for arguments, missing in ((IMAGE, "--mountpoint"), (WHERE, "--image")):
+            error = self.assertRaises(usage.UsageError, parse, *arguments)
+            self.assertTrue(str(error).startswith(f"{missing}: is missing"), error)
+
+    def test_every_bad_value_is_refused_with_its_options_name(self) -> None:
+        bad = {
+            "--platform": ("linux", "", "linux/amd64/v1/x", "lin ux/amd64"),
+            "--layer": ("-1", "x", "", "1.0", "٣"),
+            "--io-timeout": ("0", "-3", "soon", "nan", "inf"),
+            "--attach": ("loop", ""),
+            "--on-stop": ("never",),
+            "--nbd-io-timeout": ("-1", "1s"),
+            "--nbd-timeout": ("x",),
+            "--nbd-dead-conn-timeout": ("x",),
+            "--nbd-read-ahead": ("0", "65536"),
+            "--nbd-max-request": ("2", "x"),
+            "--cache-dir": ("",),
+            "--state-dir": ("",),
+            "--options": ("rw", "dev", "suid"),
+        }
+        for option, values in bad.items():
+            for value in values:
+                self.assertIn(f"{option}: ", self.refuses(f"{option}={value}"))
+
+    def test_the_shorthand_refuses_what_it_does_not_know(self) -> None:
+        cases = {
+            "layer=0,colour=red": "unknown key 'colour'",
+            "layer=0,layer=1": "layer= is given twice",
+            "platform=": "platform= has no value",
+            "layer": "layer= has no value",
+            "": "unknown key ''",
+        }
+        for shorthand, message in cases.items():
+            self.assertIn(f"--oci: {message}", self.refuses(f"--oci={shorthand}"))
+
+    def test_an_option_and_its_shorthand_together_are_refused(self) -> None:
+        self.assertIn("--oci: layer= is given twice", self.refuses("--layer", "0", "--oci=layer=0"))
+        file = self.secret_file("x")
+        message = self.refuses("--oci=username=me,password=p", "--password-file", file)
+        self.assertIn("--password-file: the password is also in --oci", message)
+
+    def test_half_of_the_credentials_is_refused_with_the_other_halfs_name(self) -> None:
+        self.assertIn("--password-file: is missing", self.refuses("--username", "me"))
+        self.assertIn("--username: is missing", self.refuses("--password-file", self.secret_file("x")))
+
+    def test_a_password_file_that_gives_no_password_is_refused(self) -> None:
+        self.assertIn("No such file", self.refuses("--username", "me", "--password-file", "/nonexistent"))
+        self.assertIn("is empty", self.refuses("--username", "me", "--password-file", self.secret_file("\n")))
+
+    def test_a_message_never_holds_the_password(self) -> None:
+        message = self.refuses("--oci=username=me,password=hunter2", "--password-file", "/nonexistent")
+        self.assertNotIn("hunter2", message)
+
+    def test_an_argument_that_is_no_option_is_refused(self) -> None:
+        self.assertIn("--image", self.refuses("registry.example/app"))
+
+    @given(st.text(), st.sampled_from([option.name for option in IMAGE_OPTIONS if option.metavar]))
+    def test_no_text_raises_anything_but_an_option_error(self, text: str, option: str) -> None:
+        try:
+            read_image_config("registry.example/app", {option: text})
+        except OptionError as error:
+            self.assertIn("--", str(error))
+
+
+class HelpTests(SynchronousTestCase):
+    def test_twistds_help_explains_every_option(self) -> None:
+        text = str(Options())
+        for option in (*IMAGE_OPTIONS, *MOUNT_OPTIONS):
+            self.assertIn(f"--{option.name}", text)
+
+    def test_each_command_takes_the_plugins_options_by_the_same_names(self) -> None:
+        known = {option.name for option in (*IMAGE_OPTIONS, *MOUNT_OPTIONS)} | {
+            "json",
+            "socket",
+            "timeout",
+            "lazy",
+        }
+        for command in commands.commands.values():
+            for parameter in command.params:
+                for spelling in parameter.opts:
+                    if spelling.startswith("--"):
+                        self.assertIn(spelling.removeprefix("--"), known)
+
+    def test_serve_takes_every_option_of_an_image(self) -> None:
+        spellings = {
+            spelling for parameter in commands.commands["serve"].params for spelling in parameter.opts
+        }
+        self.assertEqual(set(), {f"--{option.name}" for option in IMAGE_OPTIONS} - spellings)
