@@ -1,0 +1,62 @@
+"""What can go wrong between an image's name and its bytes."""
+
+from __future__ import annotations
+
+from erofs_twisted.errors import ErofsTwistedError, ReadError
+
+
+class RegistryError(ErofsTwistedError):
+    """An image or a part of it cannot be had.
+
+    ``temporary`` says whether the same request may succeed later. ``retry_after`` is how many seconds the
+    registry asked to wait before it, None where it did not say.
+    """
+
+    def __init__(self, message: str, *, temporary: bool = False, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.temporary = temporary
+        self.retry_after = retry_after
+
+
+class InvalidReference(RegistryError):
+    """An image's name cannot be read."""
+
+
+class InvalidDigest(RegistryError):
+    """A digest is not of the form ``sha256:…`` or ``sha512:…``."""
+
+
+class InvalidPlatform(RegistryError):
+    """A platform is not of the form OS/ARCH[/VARIANT]."""
+
+
+class InvalidHeader(RegistryError):
+    """A header of a response does not follow its grammar."""
+
+
+class InvalidManifest(RegistryError):
+    """A manifest, an index or a layout's file is not what the OCI specification says."""
+
+
+class DigestMismatch(RegistryError):
+    """The bytes that came are not those that the digest names."""
+
+
+class NotInRegistry(RegistryError):
+    """The registry or the layout has no such image, manifest or blob."""
+
+
+class PlatformMissing(RegistryError):
+    """The image is not there for the platform asked for."""
+
+
+class AccessDenied(RegistryError):
+    """The registry wants credentials, or refuses those that it was given."""
+
+
+class TransferFailed(RegistryError):
+    """A request was answered by an error or by something else than was asked for, or not at all."""
+
+
+class BlobUnreadable(RegistryError, ReadError):
+    """A range of a blob cannot be had, after all that could be tried."""
