@@ -147,7 +147,7 @@ def umount(mountpoint: str, lazy: bool, state_dir: str | None) -> None:
     journal = Journal(read_state_dir({"state-dir": state_dir}))
     record = journal.read(path)
     if record is None:
-        raise MountError(f"{path} is not mounted by erofs-nbd, as far as {journal.state_dir} (--state-dir) knows")
+        raise MountError(f"{path}: no mount of erofs-nbd is on record in {journal.state_dir} (--state-dir)")
 
     async def unmount(reactor: Any) -> None:
         pool = SystemCallPool(reactor)
@@ -162,7 +162,7 @@ def umount(mountpoint: str, lazy: bool, state_dir: str | None) -> None:
     deadline = time.monotonic() + UMOUNT_TIMEOUT
     while daemon_runs(record):
         if time.monotonic() >= deadline:
-            raise MountError(f"{path} is unmounted, but its daemon (process {record.pid}) still runs; see its log")
+            raise MountError(f"{path} is unmounted, but its daemon (process {record.pid}) has not ended")
         time.sleep(POLL)
     journal.forget(path)
 

@@ -1,4 +1,4 @@
-"""From an image to what a device serves: choose the layers, check that they are EROFS, make exports of them."""
+"""From an image to what a device serves: choose the layer, check that it is EROFS, make an export of it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import attrs
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import Deferred, succeed
 from twisted.python.threadpool import ThreadPool
 from zope.interface import implementer
 
@@ -46,7 +46,8 @@ def choose_layer(image: ResolvedImage, index: int | None) -> Descriptor:
         raise LayerError(f"{image.reference}: the manifest {image.digest} has no layers")
     if index is None and len(layers) > 1:
         raise LayerError(
-            f"{image.reference} has {len(layers)} layers; --layer N mounts one of them:\n{describe_layers(layers)}"
+            f"{image.reference} has {len(layers)} layers; --layer N mounts one of them:\n"
+            + describe_layers(layers)
         )
     if index is not None and index >= len(layers):
         raise LayerError(
@@ -70,8 +71,8 @@ def _why_not_erofs(layer: Descriptor) -> str:
     plain, plus, suffix = layer.media_type.partition("+")
     if plus and plain in EROFS_MEDIA_TYPES:
         return (
-            f"is {layer.media_type}: an EROFS image compressed as a whole with {suffix} cannot be read by ranges; "
-            f"push it as {plain} (mkfs.erofs -z compresses inside the image)"
+            f"is {layer.media_type}: an EROFS image compressed as a whole with {suffix} cannot be read by "
+            f"ranges; push it as {plain} (mkfs.erofs -z compresses inside the image)"
         )
     return (
         f"has the media type {layer.media_type}, which is not EROFS; "
@@ -105,7 +106,7 @@ class BlobExport:
 
     def prefetch(self, offset: int, length: int) -> Deferred[None]:
         inside = min(length, self.source.size - offset)
-        return self.source.prefetch(offset, max(inside, 0))
+        return self.source.prefetch(offset, inside) if inside > 0 else succeed(None)
 
     def extents(self, offset: int, length: int) -> list[tuple[int, bool]]:
         beyond = min(max(offset + length - self.source.size, 0), length)

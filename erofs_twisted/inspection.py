@@ -70,8 +70,10 @@ def show(image: ResolvedImage, console: Console | None = None) -> None:
     for name, value in facts:
         console.print(f"[bold]{name:<10}[/bold] {escape(value)}")
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading, justify in (("layer", "right"), ("EROFS", "left"), ("size", "right"), ("media type", "left")):
-        table.add_column(heading, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+    table.add_column("layer", justify="right")
+    table.add_column("EROFS")
+    table.add_column("size", justify="right")
+    table.add_column("media type", no_wrap=True)
     table.add_column("digest", no_wrap=True)
     for index, layer in enumerate(image.layers):
         erofs = "[green]yes[/green]" if is_erofs(layer) else "no"

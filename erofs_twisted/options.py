@@ -64,7 +64,9 @@ MOUNT_OPTIONS = (
     Option("mkdir", None, "make the mount point where it is missing, and remove it at the end"),
     Option("options", "OPT,…", "mount options for EROFS, such as cache_strategy=readaround"),
     Option("attach", "auto|nbd|fuse", "how the image becomes a device [auto: nbd, else fuse]"),
-    Option("on-stop", "wait|lazy", "told to stop with the mount in use: wait for its users, or umount -l [wait]"),
+    Option(
+        "on-stop", "wait|lazy", "told to stop while in use: wait for the mount's users, or umount -l [wait]"
+    ),
     Option("state-dir", "DIR", "where mounts are recorded [/run/erofs-twisted]"),
     Option("nbd-io-timeout", "MS", "the block layer's queue/io_timeout of the device [1000]"),
     Option("nbd-timeout", "SECONDS", "the driver's request timeout; 0: none, a slow reply hurts nobody [0]"),
@@ -109,7 +111,7 @@ def read_image_config(image: str, values: Values) -> ImageConfig:
     values = _with_oci_shorthand(values)
     reference = _read("image", image, parse_reference)
     if isinstance(reference, LayoutReference):
-        reference = attrs.evolve(reference, path=os.path.abspath(reference.path))
+        reference = attrs.evolve(reference, directory=os.path.abspath(reference.directory))
     return ImageConfig(
         reference=reference,
         platform=_given(values, "platform", Platform.parse, lambda: Platform.of_host(host.machine())),
@@ -202,7 +204,7 @@ def _credentials(values: Values) -> Credentials | None:
         raise OptionError("username", "is missing, though there is a password; give both")
     if password is None:
         raise OptionError("password-file", f"is missing, though there is --username {username}; give both")
-    return Credentials(str(username), str(password))
+    return _read("username", str(username), lambda name: Credentials(name, str(password)))
 
 
 def _password_in(path: str) -> str:

@@ -16,8 +16,8 @@ import attrs
 
 
 def on_stop_signal(reactor: Any, stop: Callable[[str], None]) -> None:
-    """Call ``stop`` with the signal's name, in the reactor's thread, for each SIGTERM and SIGINT from the time
-    that the reactor runs.
+    """Call ``stop`` with the signal's name, in the reactor's thread, for each SIGTERM and SIGINT, once the
+    reactor runs.
 
     Twisted's own handlers stop the reactor at once and let the process die by the signal. A mount has to be
     taken down first, and after that the end is an orderly one, with exit status 0.
@@ -53,8 +53,8 @@ class ExitStatus:
 def conceal_arguments(secrets: list[str]) -> None:
     """Overwrite secrets among this process's arguments, so that ps(1) and /proc/PID/cmdline do not show them.
 
-    Linux keeps the arguments in the process's own memory, from ``arg_start`` to ``arg_end`` (proc_pid_stat(5),
-    fields 48 and 49).
+    Linux keeps the arguments in the process's own memory, from ``arg_start`` to ``arg_end``
+    (proc_pid_stat(5), fields 48 and 49).
     """
     if not secrets:
         return

@@ -1,4 +1,4 @@
-"""One mount as a Twisted service: it starts, serves until it is unmounted or told to stop, and ends the reactor."""
+"""One mount as a Twisted service: it starts, serves until unmounted or told to stop, and ends the reactor."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from erofs_twisted.errors import ErofsTwistedError, MountError
 from erofs_twisted.image import OpenImage, open_image
 from erofs_twisted.interfaces import IBlockDevice
 from erofs_twisted.mount.mountpoint import Busy, Mountpoint
+from erofs_twisted.mount.pool import SystemCallPool
 from erofs_twisted.mount.watch import MountWatch
 from erofs_twisted.nbd.server import NBDServer
 from erofs_twisted.options import MountConfig
@@ -68,8 +69,7 @@ class MountService(Service):
         self._reactor.callWhenRunning(self._begin)
 
     def stopService(self) -> Deferred[None] | None:
-        """Where the reactor ends by another's doing: a mount in use is unmounted lazily, as `_live` would wait
-        for its users."""
+        """Where the reactor ends by another's doing: a mount in use is unmounted lazily, not waited for."""
         super().stopService()
         life = self._life
         if life is None or life.called:
@@ -106,7 +106,7 @@ class MountService(Service):
         except ErofsTwistedError as error:
             failure = str(error)
             self.log.critical("{path}: {failure}", path=config.mountpoint, failure=failure)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - a bug must not leave the daemon neither dead nor alive
             failure = f"unexpected {type(error).__name__}: {error}"
             self.log.failure("a bug: please report it")
         if state is not None:
@@ -180,7 +180,7 @@ class MountService(Service):
                 if event is Event.STOP:
                     state.update(status=Status.STOPPING, reason=str(busy))
                     self.log.warn(
-                        "{busy}; unmounting as soon as they let go, or lazily when told to stop again", busy=busy
+                        "{busy}; unmounting when they let go, or lazily when told to stop again", busy=busy
                     )
                 self._reactor.callLater(BUSY_RETRY, self._events.put, Event.RETRY)
 

@@ -25,9 +25,10 @@ class Options(usage.Options):
 
     synopsis = "Usage: twistd [twistd's options] erofs-nbd --image IMAGE --mountpoint DIR [options]"
     longdesc = (
-        "Mounts an OCI image straight from its registry on the kernel's EROFS file system, read-only, fetching "
-        "only what is read. A daemon, unless twistd is given -n; ends when the mount point is unmounted, or on "
-        "SIGTERM. 'erofs-nbd wait DIR' tells when the mount is usable. Defaults are in brackets."
+        "Mounts an OCI image straight from its registry on the kernel's EROFS file system, read-only, "
+        "fetching only what is read. A daemon, unless twistd is given -n; it ends when the mount point is "
+        "unmounted, or on SIGTERM. 'erofs-nbd wait DIR' tells when the mount is usable. Defaults are in "
+        "brackets."
     )
     optParameters = [[o.name, None, None, o.help] for o in OPTIONS if o.metavar is not None]
     optFlags = [[o.name, None, o.help] for o in OPTIONS if o.metavar is None]
@@ -55,7 +56,8 @@ class Options(usage.Options):
     def parseArgs(self, *unexpected: str) -> None:
         if unexpected:
             raise usage.UsageError(
-                f"unexpected argument {unexpected[0]!r}; the image goes with --image, the directory with --mountpoint"
+                f"unexpected argument {unexpected[0]!r}; "
+                "the image goes with --image, the directory with --mountpoint"
             )
 
     def postOptions(self) -> None:
