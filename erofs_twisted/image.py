@@ -120,10 +120,17 @@ class OpenImage:
     resolved: ResolvedImage
     export: BlobExport
     _store: IImageStore
+    _closed: Deferred[None] | None = attrs.field(default=None, init=False)
+
+    def abandon(self) -> None:
+        """Fail the reads that wait, and all that come: the first part of `close`."""
+        if self._closed is None:
+            self._closed = self.export.source.close()
 
     async def close(self) -> None:
-        """Fetches under way end, and readers that wait for them get an error; the cache is flushed."""
-        await self.export.source.close()
+        """End the fetches under way, flush the cache, let go of the registry. Call it once."""
+        self.abandon()
+        await self._closed
         await self._store.close()
 
 

@@ -158,8 +158,8 @@ class MountService(Service):
         return mountpoint, device
 
     async def _mount(self, mountpoint: Mountpoint, device: IBlockDevice, image: OpenImage) -> None:
-        # mount(2) cannot be cancelled, but it reads the device: closing the image makes it fail.
-        self._give_up = lambda: Deferred.fromCoroutine(image.close())
+        # mount(2) cannot be cancelled, but it reads the device.
+        self._give_up = image.abandon
         try:
             await mountpoint.mount(device.path, "erofs", self._config.options)
         except ErofsTwistedError:
