@@ -1,0 +1,116 @@
+"""What to fetch beside what a reader asks for. No I/O: a range was read, these ranges are worth having.
+
+A kernel reads an image in several places at once: a directory here, two programs' files there. Each place
+where reads follow each other is a stream, whose window grows with what was read in it, so that at most as
+much again is fetched in vain. A read anywhere else takes its neighbourhood along, since a request costs a
+round trip whatever its size.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import attrs
+
+KIB = 1024
+MIB = 1024 * KIB
+
+ByteRange = tuple[int, int]
+"""Bytes [start, end) of a blob."""
+
+
+class ReadaheadPolicy(Protocol):
+    """Decides what is fetched before it is asked for; `Readahead` is the one that is used."""
+
+    def advise(self, offset: int, length: int, missing: bool) -> list[ByteRange]:
+        """A reader asked for [offset, offset + length), of which something is ``missing``, or all is at hand.
+
+        Returns the ranges within the blob that are worth having now, the most urgent first, each to be asked
+        for in one request. They may cover bytes that are at hand or on their way.
+        """
+
+
+@attrs.frozen
+class Windows:
+    """Sizes in bytes; powers of two."""
+
+    neighbourhood: int = 256 * KIB
+    """A read that belongs to no stream fetches the aligned blocks of this size that it touches."""
+    initial: int = 256 * KIB
+    maximum: int = 4 * MIB
+    """A stream's window: how far it is read ahead of its reader, from the first continuation to the most."""
+    slack: int = 128 * KIB
+    """A read this near to a stream's end continues it: a kernel skips what it has, and reorders a little."""
+    request: int = 1 * MIB
+    """A window is cut in requests of at most this size, which go out side by side."""
+    streams: int = 16
+    """Followed at once; the one longest unread is forgotten first."""
+
+
+@attrs.define
+class Stream:
+    """A place where reads follow each other."""
+
+    position: int
+    """The end of the furthest read."""
+    consumed: int
+    """Bytes read in it."""
+    ahead: int = 0
+    """The end of what was advised."""
+
+
+@attrs.define
+class Readahead:
+    """The policy for a blob of ``size`` bytes."""
+
+    size: int
+    windows: Windows = attrs.field(factory=Windows)
+    _streams: list[Stream] = attrs.field(factory=list, init=False)
+
+    def advise(self, offset: int, length: int, missing: bool) -> list[ByteRange]:
+        stream = self._continued(offset)
+        end = offset + length
+        if stream is None:
+            self._streams.insert(0, Stream(position=end, consumed=length))
+            del self._streams[self.windows.streams :]
+            return self._neighbourhood(offset, end) if missing else []
+        if end > stream.position:
+            stream.consumed += end - max(offset, stream.position)
+            stream.position = end
+        window = min(max(stream.consumed, self.windows.initial), self.windows.maximum)
+        if missing:
+            return self._extend(stream, offset, window)
+        if stream.ahead - stream.position < window // 2:
+            return self._extend(stream, max(stream.ahead, end), window)
+        return []
+
+    def _continued(self, offset: int) -> Stream | None:
+        slack = self.windows.slack
+        streams = self._streams
+        for index, stream in enumerate(streams):
+            if -slack <= offset - stream.position <= slack:
+                if index:
+                    streams.insert(0, streams.pop(index))
+                return stream
+        return None
+
+    def _neighbourhood(self, offset: int, end: int) -> list[ByteRange]:
+        block = self.windows.neighbourhood
+        return self._cut(offset // block * block, -(-end // block) * block)
+
+    def _extend(self, stream: Stream, start: int, window: int) -> list[ByteRange]:
+        """From ``start`` to the window's end, which is aligned, so that requests are not ragged."""
+        grain = self.windows.initial
+        stream.ahead = -(-(stream.position + window) // grain) * grain
+        return self._cut(start, stream.ahead)
+
+    def _cut(self, start: int, end: int) -> list[ByteRange]:
+        request = self.windows.request
+        end = min(end, self.size)
+        ranges = []
+        while start < end:
+            # Cuts fall on multiples of the request size, whatever the start.
+            stop = min((start // request + 1) * request, end)
+            ranges.append((start, stop))
+            start = stop
+        return ranges
