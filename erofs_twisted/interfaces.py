@@ -74,7 +74,8 @@ class INBDServer(Interface):
 
     def adopt(sock: socket.socket, export: IExport):  # type: ignore[no-untyped-def]
         """Serve ``export`` on ``sock``, an AF_UNIX stream socket whose other end starts in the transmission
-        phase (a kernel device). Takes the socket over. Returns None."""
+        phase (a kernel device). Takes the socket over. Returns a Deferred that fires with None when the
+        connection is lost, whichever side ended it."""
 
     def listen(path: str, exports: Sequence[IExport]):  # type: ignore[no-untyped-def]
         """Serve ``exports`` (the first is the default) on a UNIX socket at ``path``, mode 0600, starting

@@ -1,0 +1,221 @@
+"""A transport for UNIX sockets that sends spans of files without a copy through this process."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from collections import deque
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from twisted.internet.abstract import FileDescriptor
+from twisted.internet.address import UNIXAddress
+from twisted.internet.error import ConnectionAborted, ConnectionLost
+from twisted.internet.interfaces import IProtocol, ITransport
+from twisted.internet.main import CONNECTION_DONE, CONNECTION_LOST
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+from zope.interface import implementer
+
+from erofs_twisted.interfaces import FileSpan, Segment
+
+TURN = 4 << 20
+"""Bytes that a transport sends before others get their turn, however fast its peer takes them."""
+
+SEND_BUFFER = 1 << 20
+"""Bytes that the kernel is asked to hold for the peer: with few, each piece wakes up both sides."""
+
+
+class ISpanTransport(ITransport):
+    """A transport that takes spans of files too."""
+
+    def write_segments(segments: Sequence[Segment]) -> None:
+        """Send ``segments`` in order, at once as far as the peer takes them.
+
+        Where a `FileSpan` cannot be read in full when its turn comes, the connection is lost: what went
+        before it cannot be taken back. Like ``write``, this does nothing when the connection is lost already,
+        and never calls the protocol's ``connectionLost`` itself.
+        """
+
+
+@implementer(ISpanTransport)
+class SpanTransport(FileDescriptor):
+    """One end of a UNIX stream socket.
+
+    Unlike Twisted's own transports it sends within ``write``, and it asks a streaming producer to pause as
+    soon as anything is left over. Its parameters are those that `twisted.internet.unix.Port` gives.
+    """
+
+    bufferSize = 16 << 10  # of requests: enough for hundreds, few enough to be a fair share of the reactor
+    reactor: Any
+    _log = Logger()
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        protocol: IProtocol,
+        client: object = None,
+        server: object = None,
+        sessionno: int = 0,
+        reactor: Any = None,
+    ) -> None:
+        super().__init__(reactor)
+        sock.setblocking(False)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+        self.socket = sock
+        self.protocol = protocol
+        self.connected = 1
+        self._queue: deque[memoryview | FileSpan] = deque()
+        self._allowance = TURN
+        self._failure: ConnectionLost | None = None
+        self._aborted = False
+        self.reactor.addReader(self)
+
+    def fileno(self) -> int:
+        return self.socket.fileno()
+
+    def getHost(self) -> UNIXAddress:
+        return UNIXAddress(self.socket.getsockname() or None)
+
+    def getPeer(self) -> UNIXAddress:
+        return UNIXAddress(self.socket.getpeername() or None)
+
+    def logPrefix(self) -> str:
+        return type(self.protocol).__name__
+
+    def write(self, data: bytes) -> None:
+        self.write_segments((data,))
+
+    def writeSequence(self, iovec: Iterable[bytes]) -> None:
+        self.write_segments(tuple(iovec))
+
+    def write_segments(self, segments: Sequence[Segment]) -> None:
+        if not self.connected or self._writeDisconnected or self._aborted or self._failure:
+            return
+        goes_now = not self._queue
+        self._enqueue(segments)
+        if goes_now:
+            self._send()
+        if self._queue or self._failure:
+            self.reactor.addWriter(self)
+            self._pause_producer()
+        elif self.producer is not None and not self.streamingProducer:
+            self.reactor.addWriter(self)  # only then is a pull producer asked for more
+
+    def doRead(self) -> Exception | None:
+        self._allowance = TURN
+        try:
+            data = self.socket.recv(self.bufferSize)
+        except BlockingIOError:
+            return None
+        except OSError:
+            return CONNECTION_LOST
+        if not data:
+            return CONNECTION_DONE
+        self.protocol.dataReceived(data)
+        return None
+
+    def doWrite(self) -> Exception | None:
+        if self._aborted:
+            return None
+        self._allowance = TURN
+        self._send()
+        if self._failure:
+            return self._failure
+        if self._queue:
+            return None
+        self.reactor.removeWriter(self)
+        if self.producer is not None and (self.producerPaused or not self.streamingProducer):
+            self.producerPaused = False
+            self.producer.resumeProducing()  # type: ignore[attr-defined]
+        elif self.disconnecting:
+            return CONNECTION_DONE
+        elif self._writeDisconnecting:
+            self._writeDisconnected = True
+            self.socket.shutdown(socket.SHUT_WR)
+        return None
+
+    def abortConnection(self) -> None:
+        """Lose the connection without sending what is still queued."""
+        if self.disconnected or self._aborted:
+            return
+        self._aborted = True
+        self._queue.clear()
+        self.reactor.removeReader(self)
+        self.reactor.removeWriter(self)
+        self.reactor.callLater(0, self.connectionLost, Failure(ConnectionAborted()))
+
+    def connectionLost(self, reason: Failure) -> None:
+        if self.disconnected:
+            return
+        super().connectionLost(reason)  # type: ignore[no-untyped-call]
+        self._queue.clear()
+        try:
+            self.socket.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            self._log.debug("the peer was gone first")
+        self.socket.close()
+        self.protocol.connectionLost(reason)
+
+    def _enqueue(self, segments: Sequence[Segment]) -> None:
+        """Queue ``segments``, neighbouring bytes as one: a call to the kernel costs more than a copy."""
+        run: list[bytes] = []
+        for segment in segments:
+            if isinstance(segment, FileSpan):
+                if run:
+                    self._queue.append(memoryview(b"".join(run)))
+                    run = []
+                self._queue.append(segment)
+            elif segment:
+                run.append(segment)
+        if run:
+            self._queue.append(memoryview(b"".join(run)))
+
+    def _send(self) -> None:
+        """Send until the queue is empty, the peer's buffer full, the turn over, or the connection lost."""
+        queue = self._queue
+        while queue and self._allowance > 0:
+            head = queue[0]
+            try:
+                if isinstance(head, FileSpan):
+                    sent = self._send_span(head)
+                else:
+                    sent = self._send_bytes(head, more=len(queue) > 1)
+            except OSError as error:
+                if error.errno not in (errno.EAGAIN, errno.ENOBUFS):
+                    self._fail(error)
+                return
+            self._allowance -= sent
+
+    def _pause_producer(self) -> None:
+        if self.producer is not None and self.streamingProducer and not self.producerPaused:
+            self.producerPaused = True
+            self.producer.pauseProducing()  # type: ignore[attr-defined]
+
+    def _fail(self, error: OSError) -> None:
+        """Have the reactor lose the connection when it comes by next."""
+        self._queue.clear()
+        self._failure = CONNECTION_LOST
+        if not isinstance(error, ConnectionError):
+            self._failure = ConnectionLost(str(error))
+            self._log.error("a client is cut off in the middle of a reply: {reason}", reason=str(error))
+
+    def _send_bytes(self, view: memoryview, *, more: bool) -> int:
+        sent = self.socket.send(view, socket.MSG_MORE if more else 0)
+        if sent == len(view):
+            self._queue.popleft()
+        else:
+            self._queue[0] = view[sent:]
+        return sent
+
+    def _send_span(self, span: FileSpan) -> int:
+        length = min(span.length, self._allowance)
+        sent = os.sendfile(self.socket.fileno(), span.fd, span.offset, length)
+        if sent == 0:
+            raise OSError(errno.EIO, f"file descriptor {span.fd} has no byte at {span.offset}")
+        if sent == span.length:
+            self._queue.popleft()
+        else:
+            self._queue[0] = FileSpan(span.fd, span.offset + sent, span.length - sent)
+        return sent
