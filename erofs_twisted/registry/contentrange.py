@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 import attrs
 
-from erofs_twisted.registry.errors import InvalidHeader
+from erofs_twisted.registry.errors import InvalidHeader, TransferFailed
 
 _FORM = re.compile(
     r"[ \t]*bytes[ \t]+(?:([0-9]{1,19})-([0-9]{1,19})|\*)/(?:([0-9]{1,19})|\*)[ \t]*", re.IGNORECASE
@@ -44,3 +45,19 @@ def parse_content_range(text: str) -> ContentRange | Unsatisfied:
     if stop <= start or (total is not None and stop > total):
         raise InvalidHeader(f"Content-Range: {text[:100]!r} contradicts itself")
     return ContentRange(start, stop, total)
+
+
+def check_partial(lines: Sequence[str], body_length: object, start: int, stop: int, total: int) -> None:
+    """Are the headers of a 206 those of the bytes [start, stop) of ``total``, and of nothing else?
+
+    ``lines`` are all of ``Content-Range``; ``body_length`` is the body's where the response says it, else
+    anything that is no int. Raises `InvalidHeader`, `TransferFailed`.
+    """
+    if len(lines) != 1:
+        raise TransferFailed(f"partial content with {len(lines)} Content-Range headers, not one")
+    if parse_content_range(lines[0]) != ContentRange(start, stop, total):
+        raise TransferFailed(
+            f"bytes {start}-{stop - 1}/{total} were asked for, Content-Range says {lines[0].strip():.80}"
+        )
+    if isinstance(body_length, int) and body_length != stop - start:
+        raise TransferFailed(f"a body of {body_length} bytes, but {stop - start} in Content-Range")

@@ -179,7 +179,8 @@ def _platform(node: _Node) -> tuple[Platform | None, frozenset[str]]:
     platform = node.child("platform")
     parts = [platform.text("os"), platform.text("architecture"), platform.text("variant", default="")]
     if not all(_PLATFORM_PART.fullmatch(part) for part in parts if part):
-        raise InvalidManifest(f"{platform.path} is {'/'.join(filter(None, parts))!r:.100}, which is not a platform")
+        shown = "/".join(filter(None, parts))
+        raise InvalidManifest(f"{platform.path} is {shown!r:.100}, which is not a platform")
     features = platform.value.get("os.features") or []
     if not isinstance(features, list) or not all(isinstance(feature, str) for feature in features):
         raise InvalidManifest(f"{platform.path}['os.features'] is not a list of strings")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from urllib.parse import SplitResult, urljoin, urlsplit, urlunsplit
+import ipaddress
+from collections.abc import Iterable
+from urllib.parse import SplitResult, urlencode, urljoin, urlsplit, urlunsplit
 
 import attrs
 
@@ -31,6 +33,14 @@ class Origin:
             raise InvalidHeader(f"{redacted(url)[:200]!r} is not an http or https URL")
         return cls(parts.scheme, parts.hostname, _DEFAULT_PORT[parts.scheme] if port is None else port)
 
+    @property
+    def is_link_local(self) -> bool:
+        """Is the host an address such as that of a cloud's metadata service?"""
+        try:
+            return ipaddress.ip_address(self.host).is_link_local
+        except ValueError:
+            return False
+
 
 def resolve_location(url: str, location: str) -> str:
     """Where the ``Location`` header of the answer from ``url`` leads: an absolute http or https URL.
@@ -49,6 +59,13 @@ def resolve_location(url: str, location: str) -> str:
         raise InvalidHeader(f"Location: {redacted(joined)[:200]!r} is not a URL")
     Origin.of(joined)
     return urlunsplit(parts._replace(fragment=""))
+
+
+def with_parameters(url: str, parameters: Iterable[tuple[str, str]]) -> str:
+    """``url`` with more parameters behind those that its query has."""
+    parts = urlsplit(url)
+    query = "&".join(filter(None, (parts.query, urlencode(list(parameters)))))
+    return urlunsplit(parts._replace(query=query, fragment=""))
 
 
 def redacted(url: str) -> str:

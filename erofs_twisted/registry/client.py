@@ -1,0 +1,138 @@
+"""An image in a registry (OCI distribution specification, "Pull")."""
+
+from __future__ import annotations
+
+import random
+
+import attrs
+from twisted.internet.defer import Deferred
+from twisted.internet.task import deferLater
+from twisted.logger import Logger
+from zope.interface import implementer
+
+from erofs_twisted.interfaces import IImageStore
+from erofs_twisted.registry.auth import Authorizer
+from erofs_twisted.registry.blob import BlobReader
+from erofs_twisted.registry.body import discard, read_body
+from erofs_twisted.registry.credentials import Credentials
+from erofs_twisted.registry.digest import Digest
+from erofs_twisted.registry.errors import InvalidDigest, InvalidManifest, RegistryError, TransferFailed
+from erofs_twisted.registry.manifest import ACCEPT, MAX_MANIFEST, Descriptor, ResolvedImage
+from erofs_twisted.registry.platform import Platform
+from erofs_twisted.registry.reference import ImageReference
+from erofs_twisted.registry.resolution import Document, check_content, resolve_image
+from erofs_twisted.registry.retry import Backoff
+from erofs_twisted.registry.session import Answer, Session
+from erofs_twisted.registry.transport import Transport
+from erofs_twisted.registry.urls import Origin, redacted
+
+ATTEMPTS = 4
+"""Requests for a manifest before it is given up: at a start, somebody waits."""
+PATIENCE = 15.0
+"""Seconds for each of them."""
+
+
+@implementer(IImageStore)
+@attrs.define(eq=False)
+class RegistryStore:
+    """The image ``reference``, over ``transport``.
+
+    A registry on a loopback host is spoken to without TLS, unless it turns out to want it.
+    """
+
+    _reference: ImageReference
+    _transport: Transport
+    _credentials: Credentials | None = None
+    _plain_http: bool = False
+    _io_timeout: float = 120.0
+    _backoff: Backoff = attrs.field(factory=lambda: Backoff(random=random.random))
+    _authorizer: Authorizer = attrs.field(init=False)
+    _session: Session = attrs.field(init=False)
+    _base: str = attrs.field(init=False)
+    _log = Logger()
+
+    def __attrs_post_init__(self) -> None:
+        is_plain = self._plain_http or self._reference.is_loopback
+        self._speak("http" if is_plain else "https")
+
+    def resolve(self, platform: Platform) -> Deferred[ResolvedImage]:
+        """As `IImageStore.resolve`; fails with a `RegistryError`."""
+        return Deferred.fromCoroutine(self._resolve(platform))
+
+    def blob(self, descriptor: Descriptor) -> BlobReader:
+        """As `IImageStore.blob`."""
+        url = f"{self._base}/blobs/{descriptor.digest}"
+        return BlobReader(self._session, url, descriptor, self._io_timeout, self._backoff)
+
+    def close(self) -> Deferred[None]:
+        """As `IImageStore.close`. Reads that are under way are their callers' to cancel."""
+        self._authorizer.close()
+        return Deferred.fromCoroutine(self._transport.close())
+
+    def _speak(self, scheme: str) -> None:
+        root = f"{scheme}://{self._reference.api_authority}"
+        self._base = f"{root}/v2/{self._reference.repository}"
+        origin = Origin.of(root)
+        scope = f"repository:{self._reference.repository}:pull"
+        self._authorizer = Authorizer(self._transport, origin, scope, self._credentials)
+        self._session = Session(self._transport, origin, self._authorizer, self._plain_http)
+
+    async def _resolve(self, platform: Platform) -> ResolvedImage:
+        document = await self._fetch_named()
+        return await resolve_image(self._reference, platform, document, self._fetch_described)
+
+    async def _fetch_named(self) -> Document:
+        """The document that the reference names."""
+        data, answer = await self._fetch(self._reference.selector)
+        digest = self._reference.digest
+        if digest is None:
+            digest = _announced_digest(answer) or Digest.of(data)
+        check_content(self._reference, data, digest, None)
+        return Document(digest, answer.response.headers.getRawHeaders("Content-Type", [""])[0], data)
+
+    async def _fetch_described(self, descriptor: Descriptor) -> Document:
+        """What an index describes; the index was verified, so its word counts, not the header's."""
+        if descriptor.size > MAX_MANIFEST:
+            raise InvalidManifest(
+                f"{self._reference}: a manifest of {descriptor.size} bytes, {MAX_MANIFEST} are allowed"
+            )
+        data, _ = await self._fetch(descriptor.digest)
+        check_content(self._reference, data, descriptor.digest, descriptor.size)
+        return Document(descriptor.digest, descriptor.media_type, data)
+
+    async def _fetch(self, selector: str) -> tuple[bytes, Answer]:
+        attempt = 0
+        while True:
+            try:
+                return await self._fetch_once(selector)
+            except RegistryError as error:
+                attempt += 1
+                if not error.temporary or attempt == ATTEMPTS:
+                    raise type(error)(f"{self._reference}: {error}", temporary=error.temporary) from error
+                delay = self._backoff.delay(attempt, PATIENCE, error.retry_after)
+                self._log.info("{reason}; trying again in {delay:.1f} s", reason=str(error), delay=delay)
+                await deferLater(self._transport.clock, delay)
+
+    async def _fetch_once(self, selector: str) -> tuple[bytes, Answer]:
+        answer = await self._session.get(f"{self._base}/manifests/{selector}", {"Accept": ACCEPT}, PATIENCE)
+        if answer.response.code == 400 and self._session.origin.scheme == "http" and not self._plain_http:
+            # On a loopback host; Go's servers and nginx answer so where they want TLS.
+            await discard(answer.response, self._transport.clock, PATIENCE)
+            self._speak("https")
+            return await self._fetch_once(selector)
+        if answer.response.code != 200:
+            raise await self._session.refusal(answer, PATIENCE)
+        try:
+            data = await read_body(answer.response, MAX_MANIFEST, self._transport.clock, PATIENCE)
+        except TransferFailed as error:
+            text = f"{redacted(answer.url)}: {error}"
+            raise TransferFailed(text, temporary=error.temporary) from error
+        return data, answer
+
+
+def _announced_digest(answer: Answer) -> Digest | None:
+    """What the registry says that a tag's manifest has for a digest; it need not say."""
+    try:
+        return Digest.parse(answer.response.headers.getRawHeaders("Docker-Content-Digest", [""])[0])
+    except InvalidDigest:
+        return None

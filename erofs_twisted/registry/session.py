@@ -1,0 +1,96 @@
+"""GET within a registry: with its authorization, through its redirects, and never one with the other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import attrs
+from twisted.web.iweb import IResponse
+
+from erofs_twisted.registry.answers import status_error
+from erofs_twisted.registry.auth import Authorizer
+from erofs_twisted.registry.body import abandon, discard
+from erofs_twisted.registry.errors import AccessDenied, RegistryError, TransferFailed
+from erofs_twisted.registry.transport import Transport
+from erofs_twisted.registry.urls import Origin, redacted, resolve_location
+
+MAX_REDIRECTS = 10
+REDIRECTS = frozenset({301, 302, 303, 307, 308})
+
+
+@attrs.frozen
+class Answer:
+    """A response whose body is yet to be received, and the ``url`` that gave it, after all redirects."""
+
+    response: IResponse
+    url: str
+    redirected: bool
+
+
+@attrs.frozen
+class Session:
+    """Requests to the registry at ``origin`` and to wherever it sends us."""
+
+    transport: Transport
+    origin: Origin
+    _authorizer: Authorizer
+    _plain_http: bool = False
+
+    async def get(self, url: str, headers: Mapping[str, str], seconds: float) -> Answer:
+        """The answer to a GET, of whatever status but a redirect; ``seconds`` is for each request on the way.
+
+        The registry's authorization goes to the registry's own origin only; what that refuses is tried once
+        more with a new token. Raises `TransferFailed`, `AccessDenied`.
+        """
+        start = url
+        for _ in range(MAX_REDIRECTS + 1):
+            if Origin.of(url) == self.origin:
+                response = await self._get_from_registry(url, headers, seconds)
+            else:
+                response = await self.transport.get(url, headers, seconds)
+            if response.code not in REDIRECTS:
+                return Answer(response, url, url != start)
+            target = self._target(response, url)
+            await discard(response, self.transport.clock, seconds)
+            url = target
+        raise TransferFailed(f"{redacted(start)}: more than {MAX_REDIRECTS} redirects")
+
+    async def refusal(self, answer: Answer, seconds: float) -> RegistryError:
+        """What an answer that isn't the one wanted means, with the cure if there is one. Uses up its body."""
+        error = await status_error(answer.response, answer.url, self.transport.clock, seconds)
+        if not isinstance(error, AccessDenied) or Origin.of(answer.url) != self.origin:
+            return error
+        if self._authorizer.has_credentials:
+            return AccessDenied(f"{error} (wrong user name or password, or not this user's image)")
+        return AccessDenied(f"{error} (does the image exist? is it private: --username and --password-file)")
+
+    async def _get_from_registry(self, url: str, headers: Mapping[str, str], seconds: float) -> IResponse:
+        used = await self._authorizer.authorization()
+        response = await self.transport.get(url, _authorized(headers, used), seconds)
+        expired = response.code == 403 and used is not None and used.startswith("Bearer ")
+        if response.code != 401 and not expired:
+            return response
+        challenges = response.headers.getRawHeaders("WWW-Authenticate", [])
+        await discard(response, self.transport.clock, seconds)
+        await self._authorizer.renew(challenges, used)
+        renewed = await self._authorizer.authorization()
+        return await self.transport.get(url, _authorized(headers, renewed), seconds)
+
+    def _target(self, response: IResponse, url: str) -> str:
+        location = response.headers.getRawHeaders("Location", [""])[0]
+        try:
+            if not location:
+                raise TransferFailed(f"{redacted(url)}: a redirect to nowhere")
+            target = resolve_location(url, location)
+            if url.startswith("https:") and target.startswith("http:") and not self._plain_http:
+                raise TransferFailed(
+                    f"{redacted(url)}: from https to {redacted(target)} only with --plain-http"
+                )
+        except RegistryError:
+            abandon(response)
+            raise
+        return target
+
+
+def _authorized(headers: Mapping[str, str], authorization: str | None) -> Mapping[str, str]:
+    return headers if authorization is None else {**headers, "Authorization": authorization}

@@ -1,0 +1,38 @@
+"""The store that a reference is in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from twisted.python.threadpool import ThreadPool
+
+from erofs_twisted.interfaces import IImageStore
+from erofs_twisted.registry.credentials import Credentials
+from erofs_twisted.registry.reference import ImageReference, LayoutReference
+
+
+def open_store(
+    reactor: Any,
+    reference: ImageReference | LayoutReference,
+    *,
+    pool: ThreadPool,
+    credentials: Credentials | None = None,
+    plain_http: bool = False,
+    io_timeout: float = 120.0,
+    trust_root: Any = None,
+) -> IImageStore:
+    """The `IImageStore` of ``reference``. Nothing is opened before it is used.
+
+    ``io_timeout`` is how many seconds a read of a registry's blob goes on without progress. ``trust_root``,
+    an IOpenSSLTrustRoot, stands for the platform's certificates. A layout is read in the threads of ``pool``.
+    """
+    if isinstance(reference, LayoutReference):
+        from erofs_twisted.registry.layout import LayoutStore
+
+        return LayoutStore(reactor, reference, pool)
+    # treq and what it needs take a noticeable part of the start-up: only where there is a registry.
+    from erofs_twisted.registry.client import RegistryStore
+    from erofs_twisted.registry.transport import Transport
+
+    transport = Transport.over_sockets(reactor, trust_root)
+    return RegistryStore(reference, transport, credentials, plain_http, io_timeout)

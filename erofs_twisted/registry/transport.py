@@ -1,0 +1,114 @@
+"""HTTP as a registry's client needs it: GET, no redirects, no decoding, and a limit of time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import attrs
+from treq.client import HTTPClient
+from twisted.internet.defer import Deferred
+from twisted.web.client import (
+    Agent,
+    BrowserLikePolicyForHTTPS,
+    HostnameCachingHTTPSPolicy,
+    HTTPConnectionPool,
+)
+from twisted.web.http_headers import Headers
+from twisted.web.iweb import IAgent, IBodyProducer, IResponse
+from zope.interface import implementer
+
+from erofs_twisted import __version__
+from erofs_twisted.registry.body import abandon
+from erofs_twisted.registry.errors import TransferFailed
+from erofs_twisted.registry.failures import NETWORK_FAILURES, network_failure
+from erofs_twisted.registry.urls import redacted
+
+USER_AGENT = f"erofs-twisted/{__version__}"
+CONNECT_TIMEOUT = 10.0
+IDLE_CONNECTIONS = 16
+"""Kept for each host: as many as there may be ranges in flight, or each range pays for a new connection."""
+IDLE_SECONDS = 60
+"""Shorter than the keep-alive of common servers (nginx: 75 s), so that they seldom close under a request."""
+
+
+@implementer(IAgent)
+@attrs.frozen
+class IdentityAgent:
+    """Asks for bodies as they are, and refuses any other.
+
+    treq adds ``Accept-Encoding: gzip`` and decodes what comes back, which makes a byte range of a blob
+    garbage. So this sits below treq.
+    """
+
+    _agent: IAgent
+
+    def request(
+        self,
+        method: bytes,
+        uri: bytes,
+        headers: Headers | None = None,
+        bodyProducer: IBodyProducer | None = None,
+    ) -> Deferred[IResponse]:
+        own = Headers() if headers is None else headers.copy()
+        own.setRawHeaders(b"Accept-Encoding", [b"identity"])
+        return self._agent.request(method, uri, own, bodyProducer).addCallback(self._check, uri)
+
+    def _check(self, response: IResponse, uri: bytes) -> IResponse:
+        encodings = response.headers.getRawHeaders(b"Content-Encoding", [])
+        if any(encoding.strip().lower() not in (b"", b"identity") for encoding in encodings):
+            abandon(response)
+            encoding = b", ".join(encodings).decode("latin-1")
+            raise TransferFailed(
+                f"{redacted(uri.decode('latin-1'))} sends Content-Encoding {encoding:.40}, "
+                "though identity was asked for"
+            )
+        return response
+
+
+@attrs.frozen
+class Transport:
+    """Connections to a registry, its token server and its CDN, kept open between requests."""
+
+    clock: Any
+    """An IReactorTime; the reactor itself where there are sockets."""
+    _client: HTTPClient
+    _pool: HTTPConnectionPool | None = None
+
+    @classmethod
+    def over_sockets(cls, reactor: Any, trust_root: Any = None) -> Transport:
+        """``trust_root`` (the platform's, and with it what SSL_CERT_FILE names) vouches for https servers."""
+        pool = HTTPConnectionPool(reactor)
+        pool.maxPersistentPerHost = IDLE_CONNECTIONS
+        pool.cachedConnectionTimeout = IDLE_SECONDS
+        policy = HostnameCachingHTTPSPolicy(BrowserLikePolicyForHTTPS(trust_root))
+        agent = Agent(reactor, policy, CONNECT_TIMEOUT, pool=pool)
+        return cls(reactor, HTTPClient(IdentityAgent(agent)), pool)
+
+    @classmethod
+    def over_agent(cls, clock: Any, agent: IAgent) -> Transport:
+        """Over any agent: a proxy's, or a test's."""
+        return cls(clock, HTTPClient(IdentityAgent(agent)))
+
+    async def get(self, url: str, headers: Mapping[str, str], seconds: float) -> IResponse:
+        """The answer to one GET, whatever its status, within ``seconds``; its body is yet to be read.
+
+        Who gets the answer must receive, discard or abandon its body. Raises `TransferFailed`.
+        """
+        answer = self._client.request(
+            "GET",
+            url,
+            headers=Headers({"User-Agent": [USER_AGENT], **{name: [text] for name, text in headers.items()}}),
+            allow_redirects=False,
+            unbuffered=True,
+            reactor=self.clock,
+        )
+        try:
+            return await answer.addTimeout(seconds, self.clock)
+        except NETWORK_FAILURES as error:
+            raise network_failure(error, url) from error
+
+    async def close(self) -> None:
+        """Close the connections that wait for a next request."""
+        if self._pool is not None:
+            await self._pool.closeCachedConnections()
