@@ -1,0 +1,316 @@
+"""Real servers on loopback, for as long as a ``with`` block lasts.
+
+Each takes a free port, keeps its files in a directory of its own, is ready when the block begins, and is gone
+when it ends.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+from urllib.parse import parse_qs, urlsplit
+
+import attrs
+
+READY_SECONDS = 60.0
+"""A slow machine, such as User-Mode Linux, takes long to start a server."""
+
+PACKAGES = {"docker-registry": "docker-registry", "nginx": "nginx-light", "htpasswd": "apache2-utils"}
+
+
+def free_port() -> int:
+    """A port on 127.0.0.1 that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def tool(name: str) -> str:
+    """Where a program is; a RuntimeError says which package has it."""
+    path = shutil.which(name, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
+    if path is None:
+        raise RuntimeError(f"{name} is missing: apt-get install {PACKAGES.get(name, name)}")
+    return path
+
+
+@attrs.define(eq=False)
+class Process:
+    """A server that is a process of its own, listening on ``port``."""
+
+    port: int = attrs.field(factory=free_port, kw_only=True)
+    directory: Path = attrs.field(init=False)
+    _process: subprocess.Popen[bytes] | None = attrs.field(init=False, default=None)
+
+    @property
+    def authority(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.authority}"
+
+    @property
+    def log(self) -> str:
+        """All that it has printed."""
+        return (self.directory / "log").read_text(errors="replace")
+
+    def command(self) -> Sequence[str]:
+        """Write what the server needs below `directory`; what starts it."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        self.directory = Path(tempfile.mkdtemp(prefix="erofs-twisted-test-"))
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+        shutil.rmtree(self.directory)
+
+    def start(self) -> None:
+        """Start, and wait until the port answers. Also after `stop`, on the same port and files."""
+        with (self.directory / "log").open("ab") as log:
+            self._process = subprocess.Popen(
+                self.command(), stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self.directory
+            )
+        deadline = time.monotonic() + READY_SECONDS
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", self.port), 1).close()
+                return
+            except OSError:
+                if self._process.poll() is not None or time.monotonic() > deadline:
+                    self.stop()
+                    raise RuntimeError(f"{type(self).__name__} does not start:\n{self.log}") from None
+                time.sleep(0.02)
+
+    def stop(self) -> None:
+        """End the process, at once. Its files stay."""
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            process.wait()
+
+
+@attrs.define(eq=False)
+class DockerRegistry(Process):
+    """Debian's docker-registry.
+
+    ``auth`` is a section of its configuration, such as `TokenServer.registry_auth`; ``users`` makes it
+    ask for basic authentication; ``certificate`` is a file each for the chain and the key, and makes it speak TLS.
+    """
+
+    auth: Mapping[str, Any] | None = None
+    users: Mapping[str, str] | None = None
+    certificate: tuple[Path, Path] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"{'https' if self.certificate else 'http'}://{self.authority}"
+
+    def command(self) -> Sequence[str]:
+        http: dict[str, Any] = {"addr": self.authority, "secret": "test"}
+        if self.certificate:
+            chain, key = self.certificate
+            http["tls"] = {"certificate": str(chain), "key": str(key)}
+        configuration: dict[str, Any] = {
+            "version": "0.1",
+            "log": {"level": "info", "accesslog": {"disabled": False}},
+            "storage": {
+                "filesystem": {"rootdirectory": str(self.directory / "storage")},
+                "delete": {"enabled": True},
+            },
+            "http": http,
+        }
+        if self.auth:
+            configuration["auth"] = dict(self.auth)
+        if self.users:
+            configuration["auth"] = {"htpasswd": {"realm": "test", "path": str(self._htpasswd(self.users))}}
+        path = self.directory / "config.yml"
+        path.write_text(json.dumps(configuration))  # JSON is YAML
+        return [tool("docker-registry"), "serve", str(path)]
+
+    def _htpasswd(self, users: Mapping[str, str]) -> Path:
+        path = self.directory / "htpasswd"
+        lines = [
+            subprocess.run(
+                [tool("htpasswd"), "-niB", user], input=password.encode(), capture_output=True, check=True
+            ).stdout
+            for user, password in users.items()
+        ]
+        path.write_bytes(b"".join(lines))
+        return path
+
+
+@attrs.define(eq=False)
+class Nginx(Process):
+    """nginx with ``directives`` in its one server block; ``%(directory)s`` there is its own directory."""
+
+    directives: str
+
+    @classmethod
+    def proxy(cls, upstream: str, extra: str = "") -> Nginx:
+        """In front of another server, adding ``extra`` directives to the location."""
+        return cls(
+            f"location / {{ proxy_pass {upstream}; proxy_set_header Host $http_host; {extra} }}"
+            " client_max_body_size 0;"
+        )
+
+    @classmethod
+    def without_ranges(cls, upstream: str) -> Nginx:
+        """In front of another server, answering 200 to every Range."""
+        return cls.proxy(upstream, 'proxy_set_header Range ""; max_ranges 0; proxy_force_ranges off;')
+
+    def command(self) -> Sequence[str]:
+        temporary = "".join(
+            f"{kind}_temp_path {self.directory}/{kind};"
+            for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+        )
+        path = self.directory / "nginx.conf"
+        path.write_text(
+            f"daemon off; master_process off; pid {self.directory}/pid; error_log stderr info;\n"
+            "events {}\n"
+            f"http {{ access_log {self.directory}/access.log; {temporary} keepalive_requests 100000;\n"
+            f"server {{ listen {self.authority}; {self.directives % {'directory': self.directory}} }} }}\n"
+        )
+        return [tool("nginx"), "-p", str(self.directory), "-c", str(path), "-e", "stderr"]
+
+    @property
+    def accesses(self) -> list[str]:
+        """A line for each request answered."""
+        return (self.directory / "access.log").read_text().splitlines()
+
+
+@attrs.define(eq=False)
+class TokenServer:
+    """Gives out bearer tokens that a `DockerRegistry` with `registry_auth` accepts.
+
+    It runs in a thread, so it also answers while a test blocks. Without ``users`` anyone may pull and push.
+    ``lifetime`` is in seconds; `granted` counts the tokens.
+    """
+
+    users: Mapping[str, str] = attrs.field(factory=dict)
+    lifetime: int = 60
+    answer_key: str = "token"
+    granted: int = attrs.field(init=False, default=0)
+    refused: int = attrs.field(init=False, default=0)
+    directory: Path = attrs.field(init=False)
+    _server: ThreadingHTTPServer = attrs.field(init=False)
+    _thread: threading.Thread = attrs.field(init=False)
+    _key: Any = attrs.field(init=False)
+    _certificate: Any = attrs.field(init=False)
+
+    service = "test-registry"
+    issuer = "test-issuer"
+
+    @property
+    def realm(self) -> str:
+        return f"http://127.0.0.1:{self._server.server_address[1]}/token"
+
+    @property
+    def registry_auth(self) -> dict[str, Any]:
+        """The ``auth`` section that makes docker-registry trust this server."""
+        bundle = self.directory / "issuer.pem"
+        return {
+            "token": {
+                "realm": self.realm,
+                "service": self.service,
+                "issuer": self.issuer,
+                "rootcertbundle": str(bundle),
+            }
+        }
+
+    def __enter__(self) -> Self:
+        from tests.certificates import make_authority, pem
+
+        self.directory = Path(tempfile.mkdtemp(prefix="erofs-twisted-test-"))
+        self._key, self._certificate = make_authority("token issuer")
+        (self.directory / "issuer.pem").write_bytes(pem(self._certificate))
+        owner = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                owner.answer(self)
+
+            def log_message(self, format: str, *args: object) -> None:
+                """Say nothing."""
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+        shutil.rmtree(self.directory)
+
+    def authorization(self, repository: str, actions: Sequence[str] = ("pull", "push")) -> dict[str, str]:
+        """Headers that let a pusher in."""
+        scope = f"repository:{repository}:{','.join(actions)}"
+        return {"Authorization": f"Bearer {self._token([scope], 600)}"}
+
+    def answer(self, request: BaseHTTPRequestHandler) -> None:
+        """Answer one request for a token, as the token specification says."""
+        if not self._lets_in(request.headers.get("Authorization")):
+            self.refused += 1
+            request.send_error(401)
+            return
+        self.granted += 1
+        scopes = parse_qs(urlsplit(request.path).query).get("scope", [])
+        body = json.dumps({self.answer_key: self._token(scopes, self.lifetime), "expires_in": self.lifetime})
+        request.send_response(200)
+        request.send_header("Content-Type", "application/json")
+        request.send_header("Content-Length", str(len(body)))
+        request.end_headers()
+        request.wfile.write(body.encode())
+
+    def _lets_in(self, authorization: str | None) -> bool:
+        if not self.users:
+            return True
+        scheme, _, encoded = (authorization or "").partition(" ")
+        if scheme != "Basic":
+            return False
+        user, _, password = base64.b64decode(encoded).decode().partition(":")
+        return self.users.get(user) == password
+
+    def _token(self, scopes: Sequence[str], lifetime: int) -> str:
+        import jwt
+        from cryptography.hazmat.primitives.serialization import Encoding
+
+        access = []
+        for scope in scopes:
+            kind, name, actions = scope.split(":", 2)
+            access.append({"type": kind, "name": name, "actions": actions.split(",")})
+        now = int(time.time())
+        claims = {
+            "iss": self.issuer,
+            "sub": "test",
+            "aud": self.service,
+            "iat": now,
+            "nbf": now - 10,
+            "exp": now + lifetime,
+            "jti": uuid.uuid4().hex,
+            "access": access,
+        }
+        chain = [base64.b64encode(self._certificate.public_bytes(Encoding.DER)).decode()]
+        return jwt.encode(claims, self._key, algorithm="RS256", headers={"x5c": chain})
