@@ -7,18 +7,20 @@ import os
 import sys
 import time
 from collections.abc import Callable, Coroutine
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import click
 
 from erofs_twisted import __version__
 from erofs_twisted.errors import ErofsTwistedError, MountError
-from erofs_twisted.mount.mountinfo import mounted_at
+from erofs_twisted.mount.mountinfo import mount_at, parse_mountinfo
 from erofs_twisted.options import (
     IMAGE_OPTIONS,
     MOUNT_OPTIONS,
     ImageConfig,
     Option,
+    OptionError,
     passwords_on_command_line,
     read_image_config,
     read_state_dir,
@@ -59,7 +61,12 @@ takes_image_options = takes(*(option.name for option in IMAGE_OPTIONS))
 def _image_config(image: str, options: dict[str, Any]) -> ImageConfig:
     values = {name.replace("_", "-"): value for name, value in options.items()}
     conceal_arguments(passwords_on_command_line(values))
-    return read_image_config(image, values)
+    try:
+        return read_image_config(image, values)
+    except OptionError as error:
+        if error.option == "image":  # here it is an argument
+            raise MountError(error.message) from error
+        raise
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -113,13 +120,13 @@ def serve(image: str, socket: str, **options: Any) -> None:
 @takes("state-dir")
 def wait(mountpoint: str, timeout: float, state_dir: str | None) -> None:
     """Return as soon as MOUNTPOINT can be used, or say why it cannot."""
-    path = os.path.abspath(mountpoint)
+    path = os.path.realpath(mountpoint)
     journal = Journal(read_state_dir({"state-dir": state_dir}))
     deadline = time.monotonic() + timeout
     while True:
         record = journal.read(path)
         if record is not None:
-            if record.status is Status.READY and mounted_at(path):
+            if record.status is Status.READY and _is_mounted(path):
                 return
             if not daemon_runs(record):
                 journal.forget(path)
@@ -143,7 +150,7 @@ def umount(mountpoint: str, lazy: bool, state_dir: str | None) -> None:
     from erofs_twisted.mount.mountpoint import Mountpoint
     from erofs_twisted.mount.pool import SystemCallPool
 
-    path = os.path.abspath(mountpoint)
+    path = os.path.realpath(mountpoint)
     journal = Journal(read_state_dir({"state-dir": state_dir}))
     record = journal.read(path)
     if record is None:
@@ -167,22 +174,26 @@ def umount(mountpoint: str, lazy: bool, state_dir: str | None) -> None:
     journal.forget(path)
 
 
+def _is_mounted(path: str) -> bool:
+    return mount_at(parse_mountinfo(Path("/proc/self/mountinfo").read_bytes()), path) is not None
+
+
 def _run(main: Callable[[Any], Coroutine[Any, Any, Any]]) -> Any:
     """Run a coroutine on the reactor; Ctrl-C and SIGTERM cancel it, which is no error."""
-    from twisted.internet import reactor
+    from twisted.internet import reactor as global_reactor
     from twisted.internet.defer import CancelledError, Deferred
     from twisted.python.failure import Failure
 
+    reactor: Any = global_reactor
     outcome: list[Any] = []
 
     def begin() -> None:
         work = Deferred.fromCoroutine(main(reactor))
         on_stop_signal(reactor, lambda name: work.cancel())
-        work.addBoth(outcome.append)
-        work.addBoth(lambda _: reactor.stop())  # type: ignore[attr-defined]
+        _ = work.addBoth(outcome.append).addBoth(lambda _: reactor.stop())
 
-    reactor.callWhenRunning(begin)  # type: ignore[attr-defined]
-    reactor.run()  # type: ignore[attr-defined]
+    reactor.callWhenRunning(begin)
+    reactor.run()
     (result,) = outcome
     if not isinstance(result, Failure):
         return result

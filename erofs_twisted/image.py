@@ -120,17 +120,17 @@ class OpenImage:
     resolved: ResolvedImage
     export: BlobExport
     _store: IImageStore
-    _closed: Deferred[None] | None = attrs.field(default=None, init=False)
+    _source_closed: Deferred[None] | None = attrs.field(default=None, init=False)
 
-    def abandon(self) -> None:
+    def abandon(self) -> Deferred[None]:
         """Fail the reads that wait, and all that come: the first part of `close`."""
-        if self._closed is None:
-            self._closed = self.export.source.close()
+        if self._source_closed is None:
+            self._source_closed = self.export.source.close()
+        return self._source_closed
 
     async def close(self) -> None:
         """End the fetches under way, flush the cache, let go of the registry. Call it once."""
-        self.abandon()
-        await self._closed
+        await self.abandon()
         await self._store.close()
 
 
@@ -150,7 +150,7 @@ async def open_image(reactor: Any, pool: ThreadPool, config: ImageConfig) -> Ope
     try:
         resolved = await store.resolve(config.platform)
         layer = choose_layer(resolved, config.layer)
-        cached = await CacheDirectory(reactor, pool, config.cache_dir).open(layer.digest, layer.size)
+        cached = await CacheDirectory(reactor, pool, str(config.cache_dir)).open(layer.digest, layer.size)
         source = BlobSource(store.blob(layer), cached, reactor)
         try:
             Superblock.parse(await read_bytes(source, 0, min(layer.size, BLOCK)), layer.size)

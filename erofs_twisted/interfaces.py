@@ -7,10 +7,18 @@ A read goes one way: NBD server → `IExport` → `IBlobReader`. Control goes be
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TYPE_CHECKING
 
 import attrs
 from zope.interface import Attribute, Interface
+
+if TYPE_CHECKING:
+    from twisted.internet.defer import Deferred
+    from twisted.internet.interfaces import IListeningPort
+
+    from erofs_twisted.registry.manifest import Descriptor, ResolvedImage
+    from erofs_twisted.registry.platform import Platform
 
 Delivery = Callable[[bytes], None]
 """Takes the next piece of a byte range, in order, without gaps."""
@@ -35,7 +43,7 @@ class IBlobReader(Interface):
     digest: str = Attribute("The blob's digest, ``sha256:…``.")
     size: int = Attribute("The blob's size in bytes, as its descriptor says.")
 
-    def read(offset: int, length: int, deliver: Delivery):  # type: ignore[no-untyped-def]
+    def read(offset: int, length: int, deliver: Delivery) -> Awaitable[None]:
         """Fetch ``length`` bytes at ``offset``, giving them to ``deliver`` piece by piece as they come.
 
         Retries, refreshed tokens and followed redirects are the reader's own affair: ``deliver`` sees every
@@ -53,7 +61,7 @@ class IExport(Interface):
     description: str = Attribute("One line for people.")
     size: int = Attribute("Bytes; a multiple of 4096.")
 
-    def read(offset: int, length: int):  # type: ignore[no-untyped-def]
+    def read(offset: int, length: int) -> list[Segment] | Deferred[list[Segment]]:
         """The bytes at [offset, offset + length), which lie within the export; length > 0.
 
         Returns a list of `Segment` whose lengths add up to ``length`` where they are at hand, otherwise a
@@ -61,10 +69,10 @@ class IExport(Interface):
         withdraws this reader's interest. A `FileSpan` stays valid as long as the export is served.
         """
 
-    def prefetch(offset: int, length: int):  # type: ignore[no-untyped-def]
+    def prefetch(offset: int, length: int) -> Deferred[None]:
         """Bring [offset, offset + length) near; returns a Deferred of None when it is there."""
 
-    def extents(offset: int, length: int):  # type: ignore[no-untyped-def]
+    def extents(offset: int, length: int) -> list[tuple[int, bool]]:
         """What [offset, offset + length) is made of: a list of (length, is_hole), each length > 0, which add
         up to ``length``. A hole reads as zeros."""
 
@@ -72,12 +80,12 @@ class IExport(Interface):
 class INBDServer(Interface):
     """Serves exports to NBD clients."""
 
-    def adopt(sock: socket.socket, export: IExport):  # type: ignore[no-untyped-def]
+    def adopt(sock: socket.socket, export: IExport) -> Deferred[None]:
         """Serve ``export`` on ``sock``, an AF_UNIX stream socket whose other end starts in the transmission
         phase (a kernel device). Takes the socket over. Returns a Deferred that fires with None when the
         connection is lost, whichever side ended it."""
 
-    def listen(path: str, exports: Sequence[IExport]):  # type: ignore[no-untyped-def]
+    def listen(path: str, exports: Sequence[IExport]) -> Deferred[IListeningPort]:
         """Serve ``exports`` (the first is the default) on a UNIX socket at ``path``, mode 0600, starting
         with the handshake. Returns a Deferred of the IListeningPort."""
 
@@ -86,12 +94,14 @@ class IBlockDevice(Interface):
     """An export as the kernel sees it, ready to be mounted."""
 
     path: str = Attribute("What to mount: ``/dev/nbd3``, or a file.")
-    lost = Attribute("A Deferred that fires with None when the device has ended without `detach`.")
+    lost: Deferred[None] = Attribute(
+        "A Deferred that fires with None when the device has ended without `detach`."
+    )
 
-    def is_held():  # type: ignore[no-untyped-def]
+    def is_held() -> Deferred[bool]:
         """A Deferred of bool: does anything (a mount in any namespace, an open file) still use it?"""
 
-    def detach():  # type: ignore[no-untyped-def]
+    def detach() -> Deferred[None]:
         """Give the device back; a Deferred of None when the kernel has let go of it. Idempotent."""
 
 
@@ -100,22 +110,22 @@ class IDeviceConnector(Interface):
 
     name: str = Attribute("As ``--attach`` has it.")
 
-    def check():  # type: ignore[no-untyped-def]
+    def check() -> Deferred[None]:
         """A Deferred of None where this machine can do it, else it fails with
         `erofs_twisted.errors.MountError` that says what is missing and the cure."""
 
-    def attach(export: IExport, server: INBDServer):  # type: ignore[no-untyped-def]
+    def attach(export: IExport, server: INBDServer) -> Deferred[IBlockDevice]:
         """A Deferred of an `IBlockDevice` of the export's size, or a failure that leaves nothing behind."""
 
 
 class IImageStore(Interface):
     """Where an image lies: a repository of a registry, or a layout on disk."""
 
-    def resolve(platform):  # type: ignore[no-untyped-def]
+    def resolve(platform: Platform) -> Deferred[ResolvedImage]:
         """A Deferred of the `erofs_twisted.registry.manifest.ResolvedImage` for a `Platform`."""
 
-    def blob(descriptor):  # type: ignore[no-untyped-def]
+    def blob(descriptor: Descriptor) -> IBlobReader:
         """The `IBlobReader` of a layer's `erofs_twisted.registry.manifest.Descriptor`."""
 
-    def close():  # type: ignore[no-untyped-def]
+    def close() -> Deferred[None]:
         """A Deferred of None when every connection and file is closed."""

@@ -36,6 +36,7 @@ class OptionError(ErofsTwistedError):
     def __init__(self, option: str, message: str) -> None:
         super().__init__(f"--{option}: {message}")
         self.option = option
+        self.message = message
 
 
 @attrs.frozen
@@ -131,7 +132,7 @@ def read_mount_config(values: Values) -> MountConfig:
     settings = NBDSettings()
     return MountConfig(
         image=read_image_config(str(values["image"]), values),
-        mountpoint=os.path.abspath(str(values["mountpoint"])),
+        mountpoint=os.path.realpath(str(values["mountpoint"])),
         mkdir=bool(values.get("mkdir")),
         options=_given(values, "options", MountOptions.parse, MountOptions),
         attach=_given(values, "attach", _one_of("auto", "nbd", "fuse"), lambda: "auto"),

@@ -64,20 +64,20 @@ class MountService(Service):
         self._life: Deferred[None] | None = None
 
     def startService(self) -> None:
-        super().startService()
+        super().startService()  # type: ignore[no-untyped-call]
         on_stop_signal(self._reactor, self.request_stop)
         self._reactor.callWhenRunning(self._begin)
 
     def stopService(self) -> Deferred[None] | None:
         """Where the reactor ends by another's doing: a mount in use is unmounted lazily, not waited for."""
-        super().stopService()
+        super().stopService()  # type: ignore[no-untyped-call]
         life = self._life
         if life is None or life.called:
             return None
         self.request_stop("the end of the reactor")
         self.request_stop("the end of the reactor")
         ended: Deferred[None] = Deferred()
-        life.addBoth(lambda _: ended.callback(None))
+        _ = life.addBoth(lambda _: ended.callback(None))
         return ended
 
     def request_stop(self, why: str) -> None:
@@ -139,10 +139,10 @@ class MountService(Service):
         await self._mount(mountpoint, device, image)
         undo.push_async_callback(self._until_released, device)
         undo.push_async_callback(mountpoint.unmount, lazy=True)
-        device.lost.addCallback(lambda _: self._events.put(Event.DEVICE_LOST))
+        _ = device.lost.addCallback(lambda _: self._events.put(Event.DEVICE_LOST))
         watch = MountWatch(reactor)
         undo.callback(watch.close)
-        watch.gone(config.mountpoint).addCallback(lambda _: self._events.put(Event.UNMOUNTED))
+        _ = watch.gone(mountpoint.path).addCallback(lambda _: self._events.put(Event.UNMOUNTED))
         state.update(
             status=Status.READY, backend=connector.name, device=device.path, digest=image.resolved.digest
         )

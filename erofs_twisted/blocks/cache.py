@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import re
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,6 +20,7 @@ from twisted.logger import Logger
 from erofs_twisted.blocks.blobfile import BlobFile, BlobIdentity, DamagedFile, OtherDigest
 from erofs_twisted.blocks.chunks import CHUNK_SIZE, Chunking, ChunkMap
 from erofs_twisted.errors import MountError, ReadError
+from erofs_twisted.registry.digest import Digest
 
 if TYPE_CHECKING:
     from twisted.python.threadpool import ThreadPool
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 FLUSH_SECONDS = 5.0
 """How long a stored chunk may go without its mark on disk."""
 
-_DIGEST = re.compile(r"(sha256):([0-9a-f]{64})|(sha512):([0-9a-f]{128})", re.ASCII)
 _T = TypeVar("_T")
 
 
@@ -49,48 +48,49 @@ class CacheDirectory:
 
     reactor: Any
     pool: ThreadPool
-    path: str = attrs.field(converter=os.fspath)
+    path: str
     chunk_size: int = CHUNK_SIZE
 
     _log = Logger()
 
     def open(self, digest: str, size: int) -> Deferred[CachedBlob]:
-        """Open the blob's file, or make it. The Deferred fails with `CacheError`."""
+        """Open the blob's file, or make it.
+
+        The Deferred fails with `CacheError`, or `erofs_twisted.registry.errors.InvalidDigest`.
+        """
         return Deferred.fromCoroutine(self._open(digest, size))
 
     async def _open(self, digest: str, size: int) -> CachedBlob:
-        match = _DIGEST.fullmatch(digest)
-        if match is None:
-            raise CacheError(f"the blob {digest!r} cannot be cached: its digest is not sha256 or sha512")
-        algorithm, _, hexadecimal = digest.partition(":")
-        path = os.path.join(self.path, algorithm, hexadecimal)
-        identity = BlobIdentity(digest, Chunking(size, self.chunk_size))
+        named = Digest.parse(digest)
+        path = os.path.join(self.path, named.algorithm, named.encoded)
+        identity = BlobIdentity(named, Chunking(size, self.chunk_size))
         try:
-            file, damage = await self.in_thread(self._open_file, path, identity)
+            file, chunks, damage = await self.in_thread(self._open_file, path, identity)
         except OSError as error:
             raise CacheError(
                 f"cannot use the cache directory {self.path}: {error}; choose another with --cache-dir"
             ) from error
         if damage:
             self._log.warn("the cached copy {path} was dropped: {damage}", path=path, damage=damage)
-        return CachedBlob(self, file, path)
+        return CachedBlob(self, file, path, chunks)
 
     def in_thread(self, function: Callable[..., _T], *arguments: object) -> Deferred[_T]:
         """Run what may block."""
         return deferToThreadPool(self.reactor, self.pool, function, *arguments)
 
-    def _open_file(self, path: str, identity: BlobIdentity) -> tuple[BlobFile, str]:
-        os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
+    def _open_file(self, path: str, identity: BlobIdentity) -> tuple[BlobFile, ChunkMap, str]:
+        os.makedirs(self.path, 0o700, exist_ok=True)
         with self._locked():
+            os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
             damage = ""
             try:
-                return BlobFile.open(path, identity), damage
+                return *BlobFile.open(path, identity), damage
             except FileNotFoundError:
                 pass
             except DamagedFile as error:
                 damage = str(error)
                 os.unlink(path)
-            return BlobFile.create(path, identity), damage
+            return BlobFile.create(path, identity), ChunkMap(identity.chunking.count), damage
 
     def remove(self, file: BlobFile, path: str) -> None:
         """Unlink an open file, unless another took its name meanwhile. Blocks; raises OSError."""
@@ -124,12 +124,12 @@ class CachedBlob:
 
     _log = Logger()
 
-    def __init__(self, directory: CacheDirectory, file: BlobFile, path: str) -> None:
+    def __init__(self, directory: CacheDirectory, file: BlobFile, path: str, chunks: ChunkMap) -> None:
         self.digest = file.identity.digest
         self.chunking = file.identity.chunking
         self.size = self.chunking.size
         self.fd = file.fd
-        self.chunks: ChunkMap = file.read_map()
+        self.chunks = chunks
         self.error: ReadError | None = None
         """Why the blob can be read no more."""
         self._directory = directory
@@ -141,8 +141,6 @@ class CachedBlob:
         self._verifying: list[Deferred[None]] | None = None
         self._writes_fail = False
         self._closing = False
-        # A flag without all the marks is one that a crash left behind.
-        file.verified = file.verified and self.chunks.complete
         self._verify_when_complete()
 
     def store(self, chunk: int, pieces: Sequence[bytes | memoryview]) -> bool:
