@@ -15,6 +15,10 @@ from erofs_twisted.registry.manifest import ResolvedImage
 from erofs_twisted.registry.store import open_store
 
 
+WIDTH = 240
+"""Columns: the longest media type, a SHA-512 digest, and the rest."""
+
+
 async def resolve(reactor: Any, config: ImageConfig) -> ResolvedImage:
     """Ask the image's origin. Raises what its store raises."""
     pool = SystemCallPool(reactor)
@@ -58,8 +62,8 @@ def as_dict(image: ResolvedImage) -> dict[str, Any]:
 
 
 def show(image: ResolvedImage, console: Console | None = None) -> None:
-    """Print a table; in full where the output is no terminal."""
-    console = console or Console(soft_wrap=True, highlight=False)
+    """Print a table, as wide as it takes: a digest that is cut short is of no use."""
+    console = console or Console(width=WIDTH, highlight=False)
     facts = [("image", str(image.reference)), ("digest", image.digest)]
     if image.index_digest:
         facts.append(("index", image.index_digest))
