@@ -15,7 +15,7 @@ from typing import TypeVar
 
 import attrs
 
-from erofs_twisted.device.nbd import NBDSettings
+from erofs_twisted.device.settings import NBDSettings
 from erofs_twisted.errors import ErofsTwistedError
 from erofs_twisted.mount.options import MountOptions
 from erofs_twisted.registry.credentials import Credentials

@@ -19,9 +19,9 @@ class MountTable:
     """The mounts of this process's mount namespace; once added to a reactor, it calls ``changed`` after each
     change.
 
-    The kernel reports a change as EPOLLPRI | EPOLLERR on an open mountinfo file (proc_pid_mounts(5)), which is
-    readable at all times: a reactor would spin on it. So an epoll of our own waits for the change alone, and
-    the reactor for that epoll to become readable.
+    The kernel reports a change as EPOLLPRI | EPOLLERR on an open mountinfo file (proc_pid_mounts(5)). As that
+    is readable at all times, a reactor would spin on it. So an epoll of our own waits for the change alone,
+    and the reactor for that epoll to become readable.
     """
 
     def __init__(self, changed: Callable[[], None], path: str = "/proc/self/mountinfo") -> None:
@@ -68,8 +68,8 @@ class MountWatch:
         self._waiting: dict[Deferred[None], tuple[int, str]] = {}
 
     def gone(self, path: str) -> Deferred[None]:
-        """A Deferred that fires with None when the mount that is now on top at ``path`` is there no more; at
-        once where nothing is. ``path`` is free of symbolic links, like `Mountpoint.path`. May be cancelled."""
+        """A Deferred that fires with None when the mount that is now on top at ``path`` is there no more: at
+        once where nothing is. ``path`` is one without symbolic links, as `Mountpoint.path`. Cancellable."""
         table = self._open()
         there = mount_at(table.mounts(), path)
         waiter: Deferred[None] = Deferred(self._forget)

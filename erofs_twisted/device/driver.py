@@ -1,0 +1,178 @@
+"""The kernel's nbd driver, by netlink and sysfs. Its calls block: not for the reactor's thread."""
+
+from __future__ import annotations
+
+import errno
+import os
+import platform
+import stat
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import attrs
+
+from erofs_twisted.device.machine import load_module, may_administer
+from erofs_twisted.device.netlink import GenericNetlink
+from erofs_twisted.device.uapi import FAMILY, VERSION, Command, Connection, encode_index, parse_index
+from erofs_twisted.errors import MountError
+
+SECTOR = 512
+POLL = 0.005
+"""Seconds between two looks at sysfs, which has no other way to tell: a look takes some 20 µs."""
+
+PATIENCE = 10.0
+"""Seconds that the driver may take for what it does in the background."""
+
+
+@attrs.frozen
+class Attached:
+    """A connected device. ``owner`` is its ``pid`` in sysfs, which tells it from a later connection that was
+    given the same index. ``made_node``: we made the node at ``path``."""
+
+    index: int
+    path: str
+    owner: str
+    made_node: bool
+
+
+class NBDDriver:
+    """Devices of ``/sys/block/nbdN``, with their nodes at ``/dev/nbdN``.
+
+    Where nothing makes nodes, as in a container with a /dev of its own, `attach` makes the node and `detach`
+    removes it.
+    """
+
+    def check(self) -> None:
+        """Load the driver if it is missing. Raises `MountError` with what this machine lacks."""
+        if not may_administer():
+            raise MountError("nbd devices need root (CAP_SYS_ADMIN)")
+        if not Path("/sys/module/nbd").exists():
+            # Without max_part=0 the driver looks for a partition table on each new device: reads at both ends
+            # of an image, which has none.
+            reason = load_module("nbd", "max_part=0")
+            if not Path("/sys/module/nbd").exists():
+                raise MountError(
+                    f"this kernel ({platform.release()}) has no nbd driver (modprobe nbd: {reason}): "
+                    "install the kernel's full package of modules, or use the fuse back end"
+                )
+
+    def attach(self, connection: Connection, queue: dict[str, int]) -> Attached:
+        """Connect an unused device, and wait until it has its size. ``queue`` is written to the device's
+        ``queue/`` directory in sysfs, in its order. Raises `MountError`, with nothing left attached."""
+        index = _connect(connection)
+        try:
+            device = _sysfs(index)
+            _wait_until(lambda: _is_ready(device, connection.size), f"{device.name} does not get its size")
+            for name, value in queue.items():
+                _set(device / "queue" / name, value)
+            path, made_node = _find_node(device)
+            return Attached(index, path, _read(device / "pid"), made_node)
+        except BaseException:
+            _disconnect(index)
+            raise
+
+    def detach(self, attached: Attached) -> None:
+        """Disconnect, and wait until the driver has freed the device. Nothing to do where somebody else
+        disconnected it. Raises `MountError` where something still has it open."""
+        device = _sysfs(attached.index)
+        try:
+            if _read(device / "pid") == attached.owner:
+                _disconnect(attached.index)
+                _wait_until(
+                    lambda: _read(device / "pid") != attached.owner or _is_free(device),
+                    f"{attached.path} is told to disconnect, but does not",
+                )
+                _wait_until(
+                    lambda: _is_free(device) or _read(device / "pid") not in ("", attached.owner),
+                    f"{attached.path} is disconnected, but something still has it open (a mount in another "
+                    "mount namespace?): its reads fail, and its index is free when that ends",
+                )
+        finally:
+            if attached.made_node:
+                Path(attached.path).unlink(missing_ok=True)
+
+    def is_held(self, attached: Attached) -> bool:
+        """Is it mounted, in whatever mount namespace, or taken otherwise for one user alone?"""
+        try:
+            os.close(os.open(attached.path, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
+        except OSError as error:
+            return error.errno == errno.EBUSY
+        return False
+
+
+def _connect(connection: Connection) -> int:
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return parse_index(_request(Command.CONNECT, connection.encode()))
+        except OSError as error:
+            # Busy: udev opened the unused device just before the driver took it.
+            if error.errno != errno.EBUSY or time.monotonic() > deadline:
+                raise MountError(f"the nbd driver does not connect a device: {error.strerror}") from error
+            time.sleep(POLL)
+
+
+def _disconnect(index: int) -> None:
+    try:
+        _request(Command.DISCONNECT, encode_index(index))
+    except OSError as error:
+        raise MountError(f"the nbd driver does not disconnect nbd{index}: {error.strerror}") from error
+
+
+def _request(command: Command, attributes: bytes) -> bytes:
+    with GenericNetlink(FAMILY, VERSION) as netlink:
+        replies = netlink.request(command, attributes)
+    return replies[0].attributes if replies else b""
+
+
+def _sysfs(index: int) -> Path:
+    return Path(f"/sys/block/nbd{index}")
+
+
+def _is_ready(device: Path, size: int) -> bool:
+    return bool(_read(device / "pid")) and _read(device / "size") == str(size // SECTOR)
+
+
+def _is_free(device: Path) -> bool:
+    return not _read(device / "pid") and _read(device / "size") in ("0", "")
+
+
+def _read(path: Path) -> str:
+    """'' for what is not there: a device that is not connected has no ``pid``."""
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""
+
+
+def _set(path: Path, value: int) -> None:
+    try:
+        path.write_text(str(value))
+    except OSError as error:
+        raise MountError(f"{path} cannot be set to {value}: {error.strerror}") from error
+
+
+def _find_node(device: Path) -> tuple[str, bool]:
+    path = Path("/dev", device.name)
+    major, minor = map(int, _read(device / "dev").split(":"))
+    number = os.makedev(major, minor)
+    try:
+        there = path.stat()
+    except FileNotFoundError:
+        try:
+            os.mknod(path, stat.S_IFBLK | 0o600, number)
+        except OSError as error:
+            raise MountError(f"there is no {path}, and it cannot be made: {error.strerror}") from error
+        return str(path), True
+    if not stat.S_ISBLK(there.st_mode) or there.st_rdev != number:
+        raise MountError(f"{path} is not the block device {major}:{minor}: remove it, it is left over")
+    return str(path), False
+
+
+def _wait_until(condition: Callable[[], bool], otherwise: str) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        if time.monotonic() > deadline:
+            raise MountError(f"{otherwise} (waited {PATIENCE:g} s)")
+        time.sleep(POLL)

@@ -1,0 +1,202 @@
+"""Exports as files, for kernels without nbd: nbdfuse shows an export as a file, and EROFS mounts that."""
+
+from __future__ import annotations
+
+import errno
+import os
+import platform
+import tempfile
+import time
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+from twisted.internet.defer import CancelledError, Deferred, TimeoutError, maybeDeferred
+from twisted.logger import Logger
+from twisted.python.threadpool import ThreadPool
+from zope.interface import implementer
+
+from erofs_twisted.device.loop import LoopDevice, open_loop
+from erofs_twisted.device.machine import knows_filesystem, load_module, may_administer
+from erofs_twisted.device.nbdfuse import NBDFuse, missing_programs
+from erofs_twisted.errors import MountError
+from erofs_twisted.interfaces import IBlockDevice, IDeviceConnector, IExport, INBDServer
+from erofs_twisted.syscalls import MNT_EXPIRE, UMOUNT_NOFOLLOW, in_thread, in_thread_to_its_end, mount, umount
+
+BLOCK_SIZE = 4096
+LONGEST_SOCKET_PATH = 107
+POLL = 0.02
+PATIENCE = 10.0
+"""Seconds: for nbdfuse to show the file, and for the kernel to let go of it."""
+
+
+@implementer(IDeviceConnector)
+class FuseConnector:
+    """The ``fuse`` back end. Each device has a private directory of its own in ``runtime_dir``."""
+
+    name = "fuse"
+
+    def __init__(self, reactor: Any, pool: ThreadPool, runtime_dir: str) -> None:
+        self._reactor = reactor
+        self._pool = pool
+        self._runtime_dir = runtime_dir
+
+    def check(self) -> Deferred[None]:
+        return Deferred.fromCoroutine(in_thread(self._reactor, self._pool, _check))
+
+    def attach(self, export: IExport, server: INBDServer) -> Deferred[IBlockDevice]:
+        return Deferred.fromCoroutine(self._attach(export, server))
+
+    async def _attach(self, export: IExport, server: INBDServer) -> IBlockDevice:
+        async with AsyncExitStack() as undo:
+            directory = self._make_directory(undo)
+            socket, file = str(directory / "socket"), str(directory / "image")
+            port = await server.listen(socket, [export])
+            undo.push_async_callback(maybeDeferred, port.stopListening)
+            program = NBDFuse(self._reactor)
+            program.start(socket, file)
+            undo.push_async_callback(program.end)
+            undo.push_async_callback(in_thread_to_its_end, self._reactor, self._pool, _unmount, file)
+            await self._until_ready(program)
+            loop, cancelled = await in_thread_to_its_end(
+                self._reactor, self._pool, _make_mountable, file, socket, export.size
+            )
+            if loop is not None:
+                undo.callback(os.close, loop.descriptor)
+            if cancelled:
+                raise CancelledError()
+            return FuseDevice(self._reactor, self._pool, file, loop, program, undo.pop_all())
+        raise AssertionError("an exit stack swallows no exception")
+
+    def _make_directory(self, undo: AsyncExitStack) -> Path:
+        os.makedirs(self._runtime_dir, mode=0o700, exist_ok=True)
+        directory = Path(tempfile.mkdtemp(prefix="fuse-", dir=self._runtime_dir))
+        undo.callback(_remove_directory, directory)
+        (directory / "image").touch(mode=0o400)
+        if len(os.fsencode(directory / "socket")) > LONGEST_SOCKET_PATH:
+            raise MountError(
+                f"{directory} is too long a path for a UNIX socket in it: take a shorter --state-dir"
+            )
+        return directory
+
+    async def _until_ready(self, program: NBDFuse) -> None:
+        try:
+            await program.ready.addTimeout(PATIENCE, self._reactor)
+        except TimeoutError as error:
+            raise MountError(f"nbdfuse has not shown the image as a file within {PATIENCE:g} s") from error
+
+
+@implementer(IBlockDevice)
+class FuseDevice:
+    """A file of nbdfuse's, or the loop device on it where this kernel's EROFS mounts no file."""
+
+    log = Logger()
+
+    def __init__(
+        self,
+        reactor: Any,
+        pool: ThreadPool,
+        file: str,
+        loop: LoopDevice | None,
+        program: NBDFuse,
+        undo: AsyncExitStack,
+    ) -> None:
+        self.path = file if loop is None else loop.path
+        self.lost: Deferred[None] = Deferred()
+        self._reactor = reactor
+        self._pool = pool
+        self._file = file
+        self._loop = loop
+        self._undo = undo
+        self._detaching = False
+        self._ended = program.when_ended().addCallback(self._program_ended)
+
+    def is_held(self) -> Deferred[bool]:
+        return Deferred.fromCoroutine(in_thread(self._reactor, self._pool, _is_held, self._file, self._loop))
+
+    def detach(self) -> Deferred[None]:
+        return Deferred.fromCoroutine(self._detach())
+
+    async def _detach(self) -> None:
+        self._detaching = True
+        held = await self.is_held()
+        if held:
+            self._detaching = False
+            raise MountError(f"{self.path} is still mounted somewhere: unmount that first")
+        await self._undo.aclose()
+
+    def _program_ended(self, _: None) -> None:
+        if not self._detaching:
+            self.log.warn("nbdfuse of {path} has ended, and not by us", path=self.path)
+            self.lost.callback(None)
+
+
+def _check() -> None:
+    if not may_administer():
+        raise MountError("to mount takes root (CAP_SYS_ADMIN)")
+    if missing := missing_programs():
+        raise MountError(f"missing: {', '.join(missing)}")
+    if not os.path.exists("/dev/fuse"):
+        reason = load_module("fuse")
+        if not os.path.exists("/dev/fuse"):
+            raise MountError(f"there is no /dev/fuse (modprobe fuse: {reason})")
+    if not knows_filesystem("erofs"):
+        raise MountError(f"this kernel ({platform.release()}) has no erofs, nor a module of it to load")
+
+
+def _make_mountable(file: str, socket: str, size: int) -> LoopDevice | None:
+    """A loop device where EROFS takes no file. Raises `MountError`."""
+    shown = os.stat(file).st_size
+    if shown != size:
+        raise MountError(f"nbdfuse shows {shown} bytes of an image of {size}")
+    return None if _mounts_files(socket) else open_loop(file, BLOCK_SIZE)
+
+
+def _mounts_files(socket: str) -> bool:
+    """Has this kernel CONFIG_EROFS_FS_BACKED_BY_FILE?
+
+    Without it EROFS refuses all but block devices, by ENOTBLK. With it EROFS opens what is no block device,
+    and to open a socket is ENXIO. So the attempt to mount one tells, and never succeeds."""
+    try:
+        mount(socket, os.path.dirname(socket), "erofs", 1, "")
+    except OSError as error:
+        return error.errno != errno.ENOTBLK
+    return True
+
+
+def _is_held(file: str, loop: LoopDevice | None) -> bool:
+    if loop is not None:
+        try:
+            os.close(os.open(loop.path, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
+        except OSError as error:
+            return error.errno == errno.EBUSY
+        return False
+    # MNT_EXPIRE marks an unused mount as expired (EAGAIN), and says EBUSY of one in use: EROFS has the file
+    # open, whatever mount namespace it is mounted in. Any visit, as that below, takes the mark away again.
+    try:
+        umount(file, MNT_EXPIRE | UMOUNT_NOFOLLOW)
+    except OSError as error:
+        if error.errno == errno.EAGAIN:
+            os.close(os.open(file, os.O_PATH | os.O_CLOEXEC))
+        return error.errno == errno.EBUSY
+    return False
+
+
+def _unmount(file: str) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return umount(file, UMOUNT_NOFOLLOW)
+        except OSError as error:
+            if error.errno in (errno.EINVAL, errno.ENOENT):  # not mounted, or not yet
+                return None
+            # The kernel closes EROFS's file, or the loop device's, a moment after the last user's.
+            if error.errno != errno.EBUSY or time.monotonic() > deadline:
+                raise MountError(f"{file} cannot be unmounted: {error.strerror}") from error
+            time.sleep(POLL)
+
+
+def _remove_directory(directory: Path) -> None:
+    for name in ("socket", "image"):
+        (directory / name).unlink(missing_ok=True)
+    directory.rmdir()
