@@ -21,7 +21,8 @@ from typing import Any, NoReturn
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from erofs_twisted.state.journal import Journal
+from erofs_twisted.mount.mountinfo import Mount, parse_mountinfo
+from erofs_twisted.state.journal import process_started
 
 PROJECT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
@@ -41,8 +42,7 @@ def main() -> None:
         step(f"a registry on loopback has it as {image}")
         mount(image, work, undo)
         compare(source, work / "mnt", files, work / "cache", size)
-        run(BIN / "erofs-nbd", "umount", work / "mnt", "--state-dir", work / "state")
-        step("unmounted: no mount, no device, no process is left")
+        unmount(work)
 
 
 def make_layout(source: Path, layout: Path) -> tuple[int, list[Path]]:
@@ -103,10 +103,27 @@ def mount(image: str, work: Path, undo: ExitStack) -> None:
     undo.callback(subprocess.run, [BIN / "erofs-nbd", "umount", work / "mnt", *state], capture_output=True)
     run(BIN / "erofs-nbd", "wait", work / "mnt", "--timeout", "60", *state)
     seconds = time.monotonic() - began
-    record = Journal(work / "state").read(str(work / "mnt"))
-    assert record is not None, "the daemon keeps it as long as it runs"
-    first = "auto tries nbd first" if record.backend == "nbd" else "this kernel has no nbd"
-    step(f"usable after {seconds:.2f} s, by the {record.backend} back end ({first}), {record.device}")
+    step(f"usable after {seconds:.2f} s")
+    why = [line for line in (work / "daemon.log").read_text().splitlines() if "attaching by" in line]
+    step(why[0].partition("] ")[2])
+
+
+def unmount(work: Path) -> None:
+    """Unmount, and see that nothing is left."""
+    daemon = int((work / "daemon.pid").read_text())
+    run(BIN / "erofs-nbd", "umount", work / "mnt", "--state-dir", work / "state")
+    left = [
+        *(f"the mount of {mount.source}" for mount in mounts() if mount.path.startswith(str(work))),
+        *(f"the daemon, process {pid}" for pid in [daemon] if process_started(pid) is not None),
+        *(f"the file {path}" for path in (work / "state").iterdir()),
+    ]
+    if left:
+        give_up(f"unmounted, but {' and '.join(left)} is left")
+    step("unmounted: no mount, no device, no process is left")
+
+
+def mounts() -> list[Mount]:
+    return parse_mountinfo(Path("/proc/self/mountinfo").read_bytes())
 
 
 def compare(source: Path, mountpoint: Path, files: list[Path], cache: Path, size: int) -> None:
