@@ -45,6 +45,7 @@ MAX_OPTION_LENGTH = 64 << 10
 """The longest option that is looked at, in bytes; longer ones are read past and refused."""
 
 _DISCARD = 64 << 10
+_CLIENT_FLAGS = int(ClientFlag.FIXED_NEWSTYLE | ClientFlag.NO_ZEROES)  # ~ of a flag knows only its like
 
 
 @attrs.frozen
@@ -115,7 +116,7 @@ class Handshake:
     def _converse(self) -> Generator[int, bytes, Agreed | Ended]:
         """Yields how many bytes it wants next, is sent just those, and returns the outcome."""
         (client,) = CLIENT_FLAGS.unpack((yield CLIENT_FLAGS.size))
-        if client & ~(ClientFlag.FIXED_NEWSTYLE | ClientFlag.NO_ZEROES):
+        if client & ~_CLIENT_FLAGS:
             return Ended(f"the client sent flags that were not offered: {client:#x}")
         for _ in range(MAX_OPTIONS):
             magic, option, length = OPTION.unpack((yield OPTION.size))

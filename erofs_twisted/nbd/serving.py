@@ -51,6 +51,7 @@ class Serving:
         self._export = export
         self._transport = transport
         self._machine = Transmission(export.size, structured=structured, allocation=allocation)
+        self._content_header = self._machine.replies.content
         self._pending: dict[Deferred[Any], int] = {}
         self._pending_bytes = 0
         self._replies: list[Segment] = []
@@ -154,15 +155,19 @@ class Serving:
     def _put_content(self, request: Read, segments: list[Segment]) -> None:
         """Answer a read with ``segments``, all of which are at hand once its header is put."""
         cookie, offset, length = request
-        inline = self._inline
-        parts = [
-            _load(each) if isinstance(each, FileSpan) and each.length <= inline else each for each in segments
-        ]
-        total = sum([each.length if isinstance(each, FileSpan) else len(each) for each in parts])
-        if total != length:
-            raise ValueError(f"the export gave {total} bytes for a read of {length}")
-        self._replies.append(self._machine.replies.content(cookie, offset, length))
-        self._replies += parts
+        answer: list[Segment] = [self._content_header(cookie, offset, length)]
+        given = 0
+        for segment in segments:
+            if isinstance(segment, FileSpan):
+                given += segment.length
+                if segment.length <= self._inline:
+                    segment = _load(segment)
+            else:
+                given += len(segment)
+            answer.append(segment)
+        if given != length:
+            raise ValueError(f"the export gave {given} bytes for a read of {length}")
+        self._replies += answer
         self._replies_bytes += length
         if self._replies_bytes >= BATCH:
             self._flush()

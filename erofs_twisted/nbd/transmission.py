@@ -56,7 +56,7 @@ Request = Read | Prefetch | BlockStatus | Answered | Disconnect
 class _Rule:
     """What a command may look like, on an export that is read-only."""
 
-    flags: int = 0
+    flags: int = attrs.field(default=0, converter=int)  # ~ of a CommandFlag would know only its like
     """Those that may be set."""
     past_end: WireError | None = None
     """The error for a range that leaves the export; None where a command has no range."""
@@ -161,7 +161,7 @@ class Transmission:
         rule = _RULES.get(command)  # type: ignore[call-overload]
         if rule is None:
             return WireError.EINVAL, f"there is no command {command}"
-        if flags & ~(rule.flags if self._structured else rule.flags & ~CommandFlag.DF):
+        if flags & ~rule.flags or (flags & CommandFlag.DF and not self._structured):
             return WireError.EINVAL, f"flags {flags:#x} cannot be set on {_name(command)}"
         if rule.past_end is None and (offset or length):
             return WireError.EINVAL, f"{_name(command)} has no range"
