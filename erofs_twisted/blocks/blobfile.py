@@ -11,7 +11,6 @@ Everything here blocks, except `BlobFile.write`, which goes to the page cache.
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import os
 import stat
 import struct
@@ -21,6 +20,7 @@ from collections.abc import Callable, Iterable, Sequence
 import attrs
 
 from erofs_twisted.blocks.chunks import PRESENT, Chunking, ChunkMap
+from erofs_twisted.registry.digest import Digest
 
 MAGIC = b"EROFSTWM"
 VERSION = 1
@@ -45,8 +45,7 @@ class OtherDigest(Exception):
 class BlobIdentity:
     """Which blob a file holds."""
 
-    digest: str
-    """``algorithm:hex``; the algorithm is one of hashlib's."""
+    digest: Digest
     chunking: Chunking
 
 
@@ -60,8 +59,8 @@ class BlobFile:
     """Was the whole blob once found to have its digest?"""
 
     @classmethod
-    def open(cls, path: str, identity: BlobIdentity) -> BlobFile:
-        """Raises FileNotFoundError, `DamagedFile`, or another OSError."""
+    def open(cls, path: str, identity: BlobIdentity) -> tuple[BlobFile, ChunkMap]:
+        """The file and its map. Raises FileNotFoundError, `DamagedFile`, or another OSError."""
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
         try:
             if not stat.S_ISREG(os.fstat(fd).st_mode) or os.fstat(fd).st_size != _file_size(identity):
@@ -69,13 +68,15 @@ class BlobFile:
             block = os.pread(fd, _BLOCK, _header_offset(identity))
             if not block.startswith(_header(identity)):
                 raise DamagedFile("its header is not this blob's")
-            file = cls(identity, fd, verified=block[_VERIFIED_AT] == PRESENT)
-            file.read_map()
+            file = cls(identity, fd, verified=False)
+            chunks = file.read_map()
+            # A crash may leave the flag without all the marks; what is fetched then was never hashed.
+            file.verified = chunks.complete and block[_VERIFIED_AT] == PRESENT
             fcntl.flock(fd, fcntl.LOCK_SH)
         except BaseException:
             os.close(fd)
             raise
-        return file
+        return file, chunks
 
     @classmethod
     def create(cls, path: str, identity: BlobIdentity) -> BlobFile:
@@ -124,9 +125,8 @@ class BlobFile:
 
         Raises `OtherDigest`, or OSError.
         """
-        algorithm, _, expected = self.identity.digest.partition(":")
-        size = self.identity.chunking.size
-        found = hashlib.new(algorithm)
+        expected, size = self.identity.digest, self.identity.chunking.size
+        found = expected.hasher()
         buffer = memoryview(bytearray(min(_HASH_STEP, size)))
         offset = 0
         while offset < size:
@@ -137,8 +137,8 @@ class BlobFile:
                 raise OtherDigest(f"the cached copy ends at byte {offset}")
             found.update(buffer[:got])
             offset += got
-        if found.hexdigest() != expected:
-            raise OtherDigest(f"its bytes have the digest {algorithm}:{found.hexdigest()}")
+        if found.hexdigest() != expected.encoded:
+            raise OtherDigest(f"its bytes have the digest {expected.algorithm}:{found.hexdigest()}")
         os.fdatasync(self.fd)
         _write_fully(self.fd, [bytes((PRESENT,))], _header_offset(self.identity) + _VERIFIED_AT)
         self.verified = True

@@ -120,7 +120,7 @@ class FetchQueue:
     _log = Logger()
 
     def __init__(self, reader: IBlobReader, clock: IReactorTime, limit: int = 8) -> None:
-        self.running = 0
+        self._running: set[Fetch] = set()
         self._guesses_running = 0
         self._reader = reader
         self._clock = clock
@@ -151,13 +151,20 @@ class FetchQueue:
         finally:
             self._starting = False
 
-    def clear(self) -> None:
-        """Forget what has not begun."""
+    @property
+    def running(self) -> int:
+        """How many have begun, and not ended."""
+        return len(self._running)
+
+    def cancel(self) -> None:
+        """Forget what has not begun, and cancel the rest."""
         self._wanted.clear()
         self._guesses.clear()
+        for fetch in list(self._running):
+            fetch.cancel()
 
     def _next(self) -> Fetch | None:
-        if self.running >= self._limit:
+        if len(self._running) >= self._limit:
             return None
         while self._wanted:
             fetch = self._wanted.popleft()
@@ -171,11 +178,11 @@ class FetchQueue:
 
     def _start(self, fetch: Fetch) -> None:
         ahead, length, began = fetch.ahead, fetch.remaining, self._clock.seconds()
-        self.running += 1
+        self._running.add(fetch)
         self._guesses_running += ahead
 
         def ended(_: None) -> None:
-            self.running -= 1
+            self._running.remove(fetch)
             self._guesses_running -= ahead
             self._log.debug(
                 "fetched {fetched} of {length} bytes in {seconds:.3f} s",

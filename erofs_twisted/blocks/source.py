@@ -114,13 +114,12 @@ class BlobSource:
         """End every fetch, fail every read that waits, flush and close the cached blob. Call it once."""
         self._closed = True
         closed = self._cached.close()
-        self._queue.clear()
-        fetches, self._fetches = set(self._fetches.values()), {}
+        self._fetches.clear()
+        self._queue.cancel()
         waiters, self._waiters = dict.fromkeys(w for ws in self._waiters.values() for w in ws), {}
-        for fetch in fetches:
-            fetch.cancel()
         for waiter in waiters:
-            waiter.done.errback(self._closed_error())
+            if not waiter.done.called:
+                self._give_up(waiter, ReadError(f"the blob {self._cached.digest} is being closed"))
         return closed
 
     @property
@@ -144,8 +143,14 @@ class BlobSource:
             waiter.missing -= 1
             if unkept is not None and waiter.wants_bytes:
                 waiter.unkept[chunk] = unkept
-            if not waiter.missing:
+            # A reader that was called back may have cancelled this one, or closed the source.
+            if waiter.missing or waiter.done.called:
+                continue
+            error = self._error()
+            if error is None:
                 waiter.done.callback(self._segments(waiter))
+            else:
+                self._give_up(waiter, error)
 
     def fetch_failed(self, fetch: Fetch, error: ReadError) -> None:
         """See `erofs_twisted.blocks.fetch.FetchOwner`."""
@@ -160,22 +165,24 @@ class BlobSource:
         for chunk in range(fetch.first, fetch.end):
             del self._fetches[chunk]
         for waiter in self._waiting_for(fetch):
-            if fetch.ahead and waiter.wants_bytes:
+            if waiter.done.called:
+                continue
+            if fetch.ahead and waiter.wants_bytes and not self._closed:
                 # The guess had its tries before this reader came; the reader gets tries of its own.
                 self._request((), waiter.first, waiter.end)
             else:
-                self._reads_failed += 1
                 self._withdraw(waiter)
-                waiter.done.errback(error)
+                self._give_up(waiter, error)
         self._queue.start()
 
     def _wait(
         self, offset: int, length: int, *, wants_bytes: bool, advice: Iterable[ByteRange]
     ) -> Deferred[list[Segment]]:
         """Wait for a range of which something is missing, and see to it that it comes."""
-        if self._closed or self._cached.error:
+        error = self._error()
+        if error is not None:
             self._reads_failed += 1
-            return fail(self._cached.error or self._closed_error())
+            return fail(error)
         first, end = self._chunking.span(offset, length)
         waiter = Waiter(offset, length, first, end, wants_bytes, Deferred(lambda _: self._withdraw(waiter)))
         for start, stop in self._chunks.runs_missing(first, end):
@@ -276,5 +283,12 @@ class BlobSource:
                 lane.cancel()
             first_error.subFailure.raiseException()
 
-    def _closed_error(self) -> ReadError:
-        return ReadError(f"the blob {self._cached.digest} is being closed")
+    def _give_up(self, waiter: Waiter, error: ReadError) -> None:
+        self._reads_failed += 1
+        waiter.done.errback(error)
+
+    def _error(self) -> ReadError | None:
+        """Why nothing can be read any more."""
+        if self._closed:
+            return ReadError(f"the blob {self._cached.digest} is closed")
+        return self._cached.error
