@@ -112,7 +112,8 @@ class DockerRegistry(Process):
     """Debian's docker-registry.
 
     ``auth`` is a section of its configuration, such as `TokenServer.registry_auth`; ``users`` makes it
-    ask for basic authentication; ``certificate`` is a file each for the chain and the key, and makes it speak TLS.
+    ask for basic authentication; ``certificate`` is a file for the chain and one for the key, and makes it
+    speak TLS.
     """
 
     auth: Mapping[str, Any] | None = None

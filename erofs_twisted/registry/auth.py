@@ -94,7 +94,7 @@ class Authorizer:
             self._tokens.pop(self._scopes, None)
             await self._fetch.join()
         else:
-            offered = ", ".join(by_scheme) or "nothing"
+            offered = ", ".join(dict.fromkeys(challenge.scheme for challenge in found)) or "nothing"
             raise AccessDenied(f"the registry accepts {offered:.100}, of which none is basic or bearer")
 
     def close(self) -> None:

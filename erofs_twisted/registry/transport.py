@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import attrs
+from hyperlink import EncodedURL
 from treq.client import HTTPClient
 from twisted.internet.defer import Deferred
 from twisted.web.client import (
@@ -30,6 +31,13 @@ IDLE_CONNECTIONS = 16
 """Kept for each host: as many as there may be ranges in flight, or each range pays for a new connection."""
 IDLE_SECONDS = 60
 """Shorter than the keep-alive of common servers (nginx: 75 s), so that they seldom close under a request."""
+
+
+class _VerbatimURL(EncodedURL):
+    """A URL that treq sends as it is, where it would refuse hosts that are no IDNA names, ``[::1]`` among them."""
+
+    def to_uri(self) -> _VerbatimURL:
+        return self
 
 
 @implementer(IAgent)
@@ -97,7 +105,7 @@ class Transport:
         """
         answer = self._client.request(
             "GET",
-            url,
+            _VerbatimURL.from_text(url),
             headers=Headers({"User-Agent": [USER_AGENT], **{name: [text] for name, text in headers.items()}}),
             allow_redirects=False,
             unbuffered=True,

@@ -1,0 +1,427 @@
+"""Ranges of a blob: what is accepted, what is delivered, and when a read is tried again or given up."""
+
+from __future__ import annotations
+
+import itertools
+import tracemalloc
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.error import ConnectionRefusedError
+from twisted.trial.unittest import SynchronousTestCase
+from zope.interface.verify import verifyObject
+
+from erofs_twisted.errors import ReadError
+from erofs_twisted.interfaces import IBlobReader
+from erofs_twisted.registry.auth import Authorizer
+from erofs_twisted.registry.blob import BlobReader
+from erofs_twisted.registry.digest import Digest
+from erofs_twisted.registry.errors import BlobUnreadable
+from erofs_twisted.registry.manifest import Descriptor
+from erofs_twisted.registry.retry import Backoff
+from erofs_twisted.registry.session import Session
+from erofs_twisted.registry.urls import Origin
+from tests.unit.fakehttp import FakeRequest, FakeResponse, fake_transport
+
+URL = "https://r.example/v2/a/blobs/x"
+CDN = "https://cdn.example/x?signature=secret"
+BLOB = bytes(range(256)) * 4
+
+
+class BlobTests(SynchronousTestCase):
+    """A reader of ``BLOB``; the test answers its requests, or ``self.answer`` does."""
+
+    def setUp(self) -> None:
+        self.make(BLOB)
+
+    def make(self, blob: bytes, size: int | None = None) -> None:
+        self.agent, self.clock, transport = fake_transport()
+        origin = Origin.of(URL)
+        session = Session(transport, origin, Authorizer(transport, origin, "repository:a:pull"))
+        descriptor = Descriptor("application/vnd.erofs", Digest.of(blob), len(blob) if size is None else size)
+        self.reader = BlobReader(session, URL, descriptor, 100.0, Backoff(random=lambda: 1.0))
+        self.got: list[bytes] = []
+
+    def read(self, offset: int, length: int) -> Deferred[None]:
+        return self.reader.read(offset, length, self.got.append)
+
+    def expect(self, done: Deferred[None], offset: int, length: int) -> None:
+        self.assertIsNone(self.successResultOf(done))
+        self.assertEqual(BLOB[offset : offset + length], b"".join(self.got))
+        self.assertEqual([], self.clock.getDelayedCalls())
+
+    def refusal(self, done: Deferred[None]) -> str:
+        error = self.failureResultOf(done, BlobUnreadable).value
+        self.assertIsInstance(error, ReadError)
+        self.assertEqual([], self.clock.getDelayedCalls())
+        return str(error)
+
+    def retry(self, done: Deferred[None], seconds: float = 10.0) -> FakeRequest:
+        """The next request, which comes after a pause of at most that long."""
+        self.assertNoResult(done)
+        before = len(self.agent.requests)
+        self.clock.advance(seconds)
+        self.assertEqual(before + 1, len(self.agent.requests))
+        return self.agent.last
+
+
+class RangeTests(BlobTests):
+    def test_it_is_a_blob_reader(self) -> None:
+        self.assertTrue(verifyObject(IBlobReader, self.reader))
+        self.assertEqual((Digest.of(BLOB), len(BLOB)), (self.reader.digest, self.reader.size))
+
+    def test_the_range_is_asked_for_and_delivered(self) -> None:
+        done = self.read(100, 50)
+        self.assertEqual("bytes=100-149", self.agent.last.headers["range"])
+        self.agent.last.respond_range(BLOB)
+        self.expect(done, 100, 50)
+
+    def test_pieces_are_delivered_as_they_come(self) -> None:
+        done = self.read(0, 4)
+        response = self.agent.last.respond(206, None, Content_Range=f"bytes 0-3/{len(BLOB)}")
+        response.send(BLOB[:2])
+        self.assertEqual([BLOB[:2]], self.got)
+        response.send(BLOB[2:4])
+        response.finish()
+        self.expect(done, 0, 4)
+
+    def test_an_empty_range_asks_nothing(self) -> None:
+        self.expect(self.read(5, 0), 5, 0)
+        self.assertEqual([], self.agent.requests)
+
+    def test_a_range_outside_the_blob_is_the_callers_mistake(self) -> None:
+        for offset, length in ((-1, 2), (len(BLOB), 1), (0, len(BLOB) + 1), (5, -1)):
+            self.assertRaises(ValueError, self.read, offset, length)
+
+    def test_a_wrong_content_range_is_refused_before_anything_is_delivered(self) -> None:
+        for wrong in (
+            "bytes 0-49/1024",
+            "bytes 100-149/1025",
+            "bytes 100-148/1024",
+            "bytes 100-149/*",
+            "x",
+            "",
+        ):
+            done = self.read(100, 50)
+            self.agent.last.respond(206, BLOB[100:150], Content_Range=wrong)
+            self.refusal(done)
+            self.assertEqual([], self.got)
+
+    def test_a_length_that_contradicts_the_range_is_refused(self) -> None:
+        done = self.read(100, 50)
+        response = self.agent.last.respond(206, None, length=51, Content_Range="bytes 100-149/1024")
+        self.assertIn("51 bytes", self.refusal(done))
+        self.assertTrue(response.is_aborted)
+
+    def test_a_body_that_is_too_long_is_refused_and_cut_off(self) -> None:
+        done = self.read(100, 50)
+        response = self.agent.last.respond(206, None, Content_Range="bytes 100-149/1024")
+        response.send(BLOB[100:150])
+        response.send(b"x")
+        self.assertIn("longer", self.refusal(done))
+        self.assertEqual(BLOB[100:150], b"".join(self.got))
+        self.assertTrue(response.is_aborted)
+
+    def test_several_ranges_in_one_answer_are_refused(self) -> None:
+        done = self.read(100, 50)
+        self.agent.last.respond(206, b"--x", Content_Type="multipart/byteranges; boundary=x")
+        self.refusal(done)
+
+    def test_a_416_compares_the_sizes(self) -> None:
+        done = self.read(100, 50)
+        self.agent.last.respond(416, b"", Content_Range="bytes */7")
+        self.assertIn("bytes */7, but the manifest says 1024", self.refusal(done))
+
+    def test_permanent_errors_end_the_read_at_once(self) -> None:
+        for code in (400, 403, 404, 416, 501, 204):
+            done = self.read(100, 50)
+            self.agent.last.respond(code)
+            self.assertIn(str(code), self.refusal(done))
+
+    def test_what_the_receiver_raises_ends_the_read(self) -> None:
+        done = self.reader.read(0, 4, lambda data: [][1])
+        self.agent.last.respond_range(BLOB)
+        self.failureResultOf(done, IndexError)
+        self.assertEqual([], self.clock.getDelayedCalls())
+
+
+class WholeBlobTests(BlobTests):
+    """Against a server that ignores Range."""
+
+    def test_the_range_is_cut_out(self) -> None:
+        done = self.read(100, 50)
+        self.agent.last.respond(200, BLOB)
+        self.expect(done, 100, 50)
+
+    def test_at_the_end_of_the_range_the_connection_is_closed(self) -> None:
+        done = self.read(100, 50)
+        response = self.agent.last.respond(200, None, length=len(BLOB))
+        response.send(BLOB[:512])
+        self.expect(done, 100, 50)
+        self.assertTrue(response.is_aborted)
+
+    def test_a_range_at_the_blobs_end_leaves_the_connection_open(self) -> None:
+        done = self.read(1000, 24)
+        response = self.agent.last.respond(200, BLOB)
+        self.expect(done, 1000, 24)
+        self.assertFalse(response.is_aborted)
+
+    def test_another_size_is_refused(self) -> None:
+        done = self.read(0, 4)
+        self.agent.last.respond(200, BLOB + b"x")
+        self.assertIn("1025 bytes there, the manifest says 1024", self.refusal(done))
+
+    def test_a_blob_of_unknown_length_that_is_too_long_is_refused(self) -> None:
+        done = self.read(1000, 24)
+        response = self.agent.last.respond(200, None)
+        response.send(BLOB + b"x")
+        self.assertIn("longer", self.refusal(done))
+
+    @given(st.integers(0, 1023), st.integers(1, 1024), st.lists(st.integers(1, 300)))
+    def test_it_does_not_matter_how_the_body_is_cut(self, offset: int, length: int, cuts: list[int]) -> None:
+        self.make(BLOB)
+        length = min(length, len(BLOB) - offset)
+        done = self.read(offset, length)
+        response = self.agent.last.respond(200, None, length=len(BLOB))
+        position = 0
+        for cut in [*cuts, len(BLOB)]:
+            response.send(BLOB[position : position + cut])
+            position += cut
+        response.finish()
+        self.expect(done, offset, length)
+
+    def test_a_resumed_read_skips_what_was_delivered(self) -> None:
+        done = self.read(100, 50)
+        response = self.agent.last.respond(200, None, length=len(BLOB))
+        response.send(BLOB[:120])
+        response.break_off()
+        self.retry(done).respond(200, BLOB)
+        self.expect(done, 100, 50)
+
+    def test_the_blob_is_never_held_in_memory(self) -> None:
+        size, piece = 64 << 20, 64 << 10
+        self.make(b"", size)
+        done = self.read(size - piece, piece)
+        response = self.agent.last.respond(200, None, length=size)
+        tracemalloc.start()
+        self.addCleanup(tracemalloc.stop)
+        for _ in range(size // piece):
+            response.send(bytes(piece))
+        response.finish()
+        self.successResultOf(done)
+        self.assertLess(tracemalloc.get_traced_memory()[1], 10 * piece)
+
+    def test_skipping_does_not_go_on_for_ever(self) -> None:
+        size = 1 << 20
+        self.make(b"", size)
+        done = self.read(size - 10, 10)
+        response = self.agent.last.respond(200, None, length=size)
+        for _ in range(11):
+            self.clock.advance(10)
+            response.send(b"x")
+        self.assertIn("skipping", self.refusal(done))
+        self.assertTrue(response.is_aborted)
+
+
+class RetryTests(BlobTests):
+    def test_temporary_errors_are_tried_again(self) -> None:
+        for code in (408, 429, 499, 500, 502, 503, 504):
+            self.setUp()
+            done = self.read(100, 50)
+            self.agent.last.respond(code)
+            self.retry(done).respond_range(BLOB)
+            self.expect(done, 100, 50)
+
+    def test_a_refused_connection_is_tried_again(self) -> None:
+        done = self.read(100, 50)
+        self.agent.last.fail(ConnectionRefusedError())
+        self.retry(done).respond_range(BLOB)
+        self.expect(done, 100, 50)
+
+    def test_a_read_goes_on_where_its_body_broke_off(self) -> None:
+        done = self.read(100, 50)
+        response = self.partial(30)
+        response.break_off()
+        self.assertEqual((130, 150), self.retry(done).range)
+        self.agent.last.respond_range(BLOB)
+        self.expect(done, 100, 50)
+
+    def test_a_read_goes_on_where_its_body_ended_too_early(self) -> None:
+        done = self.read(100, 50)
+        response = self.partial(30)
+        response.finish()
+        self.assertEqual((130, 150), self.retry(done).range)
+        self.agent.last.respond_range(BLOB)
+        self.expect(done, 100, 50)
+
+    def test_a_body_that_stalls_is_cut_off_and_gone_on_with(self) -> None:
+        done = self.read(100, 50)
+        response = self.partial(30)
+        self.clock.advance(15)
+        self.assertTrue(response.is_aborted)
+        self.assertEqual((130, 150), self.retry(done).range)
+        self.agent.last.respond_range(BLOB)
+        self.expect(done, 100, 50)
+
+    def test_a_request_that_is_not_answered_is_given_up_and_made_again(self) -> None:
+        done = self.read(100, 50)
+        self.clock.advance(15)
+        self.assertTrue(self.agent.requests[0].is_cancelled)
+        self.retry(done).respond_range(BLOB)
+        self.expect(done, 100, 50)
+
+    def test_the_pauses_grow(self) -> None:
+        done = self.read(100, 50)
+        starts = []
+        for _ in range(6):
+            starts.append(self.clock.seconds())
+            self.agent.last.respond(503)
+            waited = len(self.agent.requests)
+            while len(self.agent.requests) == waited:
+                self.clock.advance(0.25)
+        pauses = [after - before for before, after in itertools.pairwise(starts)]
+        self.assertEqual([0.25, 0.5, 1, 2, 4], pauses)
+        done.cancel()
+        self.failureResultOf(done, CancelledError)
+
+    def test_progress_makes_the_pauses_short_again(self) -> None:
+        done = self.read(100, 50)
+        for _ in range(5):
+            self.agent.last.respond(503)
+            self.retry(done)
+        self.partial(1).break_off()
+        self.retry(done, 0.25).respond_range(BLOB)
+        self.expect(done, 100, 50)
+
+    def test_a_pause_asked_for_is_kept(self) -> None:
+        done = self.read(100, 50)
+        self.agent.last.respond(429, Retry_After="20")
+        self.clock.advance(19.9)
+        self.assertEqual(1, len(self.agent.requests))
+        self.retry(done, 1).respond_range(BLOB)
+        self.expect(done, 100, 50)
+
+    def test_without_progress_it_ends_and_names_the_cause(self) -> None:
+        done = self.read(100, 50)
+        begun = self.clock.seconds()
+        self.agent.answer = lambda request: request.respond(503)
+        self.agent.last.respond(503)
+        while not done.called or done.paused:
+            self.clock.advance(0.25)
+            self.assertLess(self.clock.seconds() - begun, 101)
+        self.assertIn("within 100 seconds: https://r.example/v2/a/blobs/x: 503", self.refusal(done))
+        self.assertLess(len(self.agent.requests), 30)
+
+    def test_a_server_that_asks_for_an_hour_is_not_waited_for_in_vain(self) -> None:
+        done = self.read(100, 50)
+        self.agent.answer = lambda request: request.respond(429, Retry_After="3600")
+        self.agent.last.respond(429, Retry_After="3600")
+        self.clock.pump([0.25] * 600)
+        self.assertIn("429", self.refusal(done))
+        self.assertGreater(len(self.agent.requests), 3)
+        self.assertLess(len(self.agent.requests), 30)
+
+    def test_with_progress_it_goes_on_beyond_the_limit(self) -> None:
+        done = self.read(0, 20)
+        for position in range(20):
+            self.clock.advance(10)
+            start, stop = self.agent.last.range
+            self.assertEqual(position, start)
+            response = self.agent.last.respond(206, None, Content_Range=f"bytes {start}-{stop - 1}/1024")
+            response.send(BLOB[start : start + 1])
+            response.break_off()
+            if position < 19:
+                self.clock.advance(1)
+        self.clock.advance(1)
+        self.expect(done, 0, 20)
+
+    def partial(self, count: int) -> FakeResponse:
+        """The headers of what was asked for, and the first ``count`` bytes of the body."""
+        start, stop = self.agent.last.range
+        response = self.agent.last.respond(206, None, Content_Range=f"bytes {start}-{stop - 1}/1024")
+        response.send(BLOB[start : start + count])
+        return response
+
+
+class CancelTests(BlobTests):
+    def cancel(self, done: Deferred[None]) -> None:
+        done.cancel()
+        self.failureResultOf(done, CancelledError)
+        self.assertEqual([], self.clock.getDelayedCalls())
+
+    def test_before_the_answer(self) -> None:
+        self.cancel(self.read(100, 50))
+        self.assertTrue(self.agent.last.is_cancelled)
+
+    def test_within_the_body(self) -> None:
+        done = self.read(100, 50)
+        response = self.agent.last.respond(206, None, Content_Range="bytes 100-149/1024")
+        response.send(BLOB[100:110])
+        self.cancel(done)
+        self.assertTrue(response.is_aborted)
+
+    def test_between_attempts(self) -> None:
+        done = self.read(100, 50)
+        self.agent.last.respond(503)
+        self.cancel(done)
+        self.assertEqual(1, len(self.agent.requests))
+
+
+class LocationTests(BlobTests):
+    """Where the registry redirects to is asked again directly, as long as that works."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.cdn: Any = lambda request: request.respond_range(BLOB)
+        self.agent.answer = self.answer
+
+    def answer(self, request: FakeRequest) -> None:
+        if request.url == URL:
+            request.respond(307, b"", Location=CDN)
+        else:
+            self.cdn(request)
+
+    def test_the_second_read_skips_the_registry(self) -> None:
+        self.expect(self.read(0, 10), 0, 10)
+        self.expect(self.read(10, 10), 0, 20)
+        self.assertEqual([URL, CDN, CDN], self.agent.urls)
+
+    def test_an_expired_location_is_asked_for_anew_at_once(self) -> None:
+        for code in (400, 401, 403, 404):
+            self.setUp()
+            self.expect(self.read(0, 10), 0, 10)
+            refuse = [code]
+            self.cdn = lambda request, refuse=refuse: (
+                request.respond(refuse.pop()) if refuse else request.respond_range(BLOB)
+            )
+            self.expect(self.read(10, 10), 0, 20)
+            self.assertEqual([URL, CDN, CDN, URL, CDN], self.agent.urls)
+
+    def test_a_fresh_location_that_refuses_ends_the_read(self) -> None:
+        self.cdn = lambda request: request.respond(403)
+        self.assertIn("403", self.refusal(self.read(0, 10)))
+        self.assertEqual([URL, CDN], self.agent.urls)
+
+    def test_a_location_that_goes_on_refusing_ends_the_read(self) -> None:
+        self.expect(self.read(0, 10), 0, 10)
+        self.cdn = lambda request: request.respond(403)
+        self.refusal(self.read(10, 10))
+        self.assertEqual([URL, CDN, CDN, URL, CDN], self.agent.urls)
+
+    def test_a_location_that_is_down_is_asked_for_anew_after_a_pause(self) -> None:
+        self.expect(self.read(0, 10), 0, 10)
+        self.cdn = lambda request: request.fail(ConnectionRefusedError())
+        done = self.read(10, 10)
+        self.cdn = lambda request: request.respond_range(BLOB)
+        self.clock.advance(1)
+        self.expect(done, 0, 20)
+        self.assertEqual([URL, CDN, CDN, URL, CDN], self.agent.urls)
+
+    def test_the_signature_is_in_no_message(self) -> None:
+        for code in (403, 416):
+            self.cdn = lambda request, code=code: request.respond(code)
+            self.assertNotIn("secret", self.refusal(self.read(0, 10)))
+        self.cdn = lambda request: request.respond(206, b"", Content_Range="x")
+        self.assertNotIn("secret", self.refusal(self.read(0, 10)))

@@ -1,0 +1,309 @@
+"""One request, and one body: what is sent, what is refused, and when it is given up."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from OpenSSL import SSL
+from service_identity import VerificationError
+from treq.testing import RequestTraversalAgent
+from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.error import ConnectionLost, ConnectionRefusedError, DNSLookupError
+from twisted.python.failure import Failure
+from twisted.trial.unittest import SynchronousTestCase
+from twisted.web.client import ResponseNeverReceived
+from twisted.web.resource import Resource
+from twisted.web.server import Request
+
+from erofs_twisted.registry.answers import errors_text, status_error
+from erofs_twisted.registry.body import SMALL_BODY, abandon, discard, read_body, receive
+from erofs_twisted.registry.errors import AccessDenied, NotInRegistry, TransferFailed
+from erofs_twisted.registry.transport import Transport
+from tests.unit.fakehttp import FakeResponse, fake_transport
+
+URL = "https://a.example/x?signature=secret"
+
+
+class BodyTests(SynchronousTestCase):
+    def setUp(self) -> None:
+        self.agent, self.clock, self.transport = fake_transport(lambda request: request.respond(200, None))
+        self.got: list[bytes] = []
+
+    def respond(self, **how: Any) -> FakeResponse:
+        got = Deferred.fromCoroutine(self.transport.get(URL, {}, 10))
+        self.response = self.successResultOf(got)
+        assert self.agent.last.response is not None
+        return self.agent.last.response
+
+    def take(self, data: bytes) -> bool:
+        self.got.append(data)
+        return data != b"enough"
+
+    def receive(self) -> Deferred[None]:
+        return receive(self.response, self.take, self.clock, 10)
+
+    def test_pieces_are_given_as_they_come(self) -> None:
+        sender = self.respond()
+        done = self.receive()
+        sender.send(b"one")
+        sender.send(b"two")
+        self.assertEqual([b"one", b"two"], self.got)
+        self.assertNoResult(done)
+
+    def test_it_ends_with_the_body(self) -> None:
+        sender = self.respond()
+        done = self.receive()
+        sender.finish()
+        self.assertIsNone(self.successResultOf(done))
+        self.assertFalse(sender.is_aborted)
+
+    def test_a_body_that_breaks_off_is_a_temporary_failure(self) -> None:
+        sender = self.respond()
+        done = self.receive()
+        sender.break_off()
+        self.assertTrue(self.failureResultOf(done, TransferFailed).value.temporary)
+
+    def test_a_body_that_stalls_is_closed_and_a_temporary_failure(self) -> None:
+        sender = self.respond()
+        done = self.receive()
+        self.clock.advance(9)
+        sender.send(b"piece")
+        self.clock.advance(9)
+        self.assertNoResult(done)
+        self.clock.advance(1)
+        error = self.failureResultOf(done, TransferFailed).value
+        self.assertTrue(error.temporary)
+        self.assertIn("nothing came for 10 seconds", str(error))
+        self.assertTrue(sender.is_aborted)
+
+    def test_enough_closes_the_connection(self) -> None:
+        sender = self.respond()
+        done = self.receive()
+        sender.send(b"enough")
+        self.assertIsNone(self.successResultOf(done))
+        self.assertTrue(sender.is_aborted)
+
+    def test_what_the_taker_raises_closes_the_connection(self) -> None:
+        sender = self.respond()
+        done = receive(self.response, lambda data: bool(1 / 0), self.clock, 10)
+        sender.send(b"x")
+        self.failureResultOf(done, ZeroDivisionError)
+        self.assertTrue(sender.is_aborted)
+
+    def test_cancelling_closes_the_connection(self) -> None:
+        sender = self.respond()
+        done = self.receive()
+        done.cancel()
+        self.failureResultOf(done, CancelledError)
+        self.assertTrue(sender.is_aborted)
+
+    def test_no_timer_is_left_behind(self) -> None:
+        endings = [
+            lambda sender, done: sender.finish(),
+            lambda sender, done: sender.break_off(),
+            lambda sender, done: sender.send(b"enough"),
+            lambda sender, done: done.cancel(),
+        ]
+        for end in endings:
+            sender = self.respond()
+            done = self.receive()
+            end(sender, done)
+            done.addErrback(lambda _: None)
+            self.assertEqual([], self.clock.getDelayedCalls())
+
+    def test_a_whole_body_is_read(self) -> None:
+        sender = self.respond()
+        body = read_body(self.response, 10, self.clock, 10)
+        sender.send(b"12345")
+        sender.send(b"67890")
+        sender.finish()
+        self.assertEqual(b"1234567890", self.successResultOf(body))
+
+    def test_a_body_over_the_limit_is_refused_without_waiting_for_its_end(self) -> None:
+        sender = self.respond()
+        body = read_body(self.response, 10, self.clock, 10)
+        sender.send(b"12345678901")
+        self.assertFalse(self.failureResultOf(body, TransferFailed).value.temporary)
+        self.assertTrue(sender.is_aborted)
+
+    def test_a_small_body_is_discarded_and_its_connection_kept(self) -> None:
+        sender = self.respond()
+        done = Deferred.fromCoroutine(discard(self.response, self.clock, 10))
+        sender.send(b"x" * 1000)
+        sender.finish()
+        self.successResultOf(done)
+        self.assertFalse(sender.is_aborted)
+
+    def test_a_large_body_is_discarded_with_its_connection(self) -> None:
+        sender = self.respond()
+        done = Deferred.fromCoroutine(discard(self.response, self.clock, 10))
+        sender.send(b"x" * (SMALL_BODY + 1))
+        self.successResultOf(done)
+        self.assertTrue(sender.is_aborted)
+
+    def test_a_body_that_says_it_is_large_is_not_even_begun(self) -> None:
+        self.agent.answer = lambda request: request.respond(200, None, length=SMALL_BODY + 1)
+        sender = self.respond()
+        self.successResultOf(Deferred.fromCoroutine(discard(self.response, self.clock, 10)))
+        self.assertTrue(sender.is_aborted)
+
+    def test_an_abandoned_body_has_its_connection_closed(self) -> None:
+        sender = self.respond()
+        abandon(self.response)
+        self.assertTrue(sender.is_aborted)
+
+
+class TransportTests(SynchronousTestCase):
+    def setUp(self) -> None:
+        self.agent, self.clock, self.transport = fake_transport()
+
+    def get(self, **headers: str) -> Deferred[Any]:
+        return Deferred.fromCoroutine(self.transport.get(URL, headers, 10))
+
+    def failure(self, error: BaseException) -> TransferFailed:
+        got = self.get()
+        self.agent.last.fail(error)
+        failed = self.failureResultOf(got, TransferFailed).value
+        assert isinstance(failed, TransferFailed)
+        return failed
+
+    def test_identity_is_asked_for_and_nothing_else(self) -> None:
+        self.get(Range="bytes=0-1")
+        self.assertEqual("identity", self.agent.last.headers["accept-encoding"])
+        self.assertEqual("bytes=0-1", self.agent.last.headers["range"])
+
+    def test_a_url_is_sent_as_it_is(self) -> None:
+        for url in (
+            "http://[::1]:5000/v2/",
+            "https://my_bucket.s3.example/x%2f%2F?Signature=a~b*c'()%7e&flag&a==b;c",
+        ):
+            Deferred.fromCoroutine(self.transport.get(url, {}, 10))
+            self.assertEqual(url, self.agent.last.url)
+
+    def test_the_program_says_its_name(self) -> None:
+        self.get()
+        self.assertTrue(self.agent.last.headers["user-agent"].startswith("erofs-twisted/"))
+
+    def test_a_compressed_body_is_refused_and_its_connection_closed(self) -> None:
+        got = self.get()
+        response = self.agent.last.respond(206, None, Content_Encoding="gzip")
+        self.assertIn("gzip", str(self.failureResultOf(got, TransferFailed).value))
+        self.assertTrue(response.is_aborted)
+
+    def test_identity_may_be_named(self) -> None:
+        got = self.get()
+        self.agent.last.respond(206, b"x", Content_Encoding="identity")
+        self.assertEqual(206, self.successResultOf(got).code)
+
+    def test_a_redirect_is_an_answer_like_any_other(self) -> None:
+        got = self.get()
+        self.agent.last.respond(307, b"", Location="https://b.example/")
+        self.assertEqual(307, self.successResultOf(got).code)
+        self.assertEqual(1, len(self.agent.requests))
+
+    def test_no_answer_in_time_is_a_temporary_failure(self) -> None:
+        got = self.get()
+        self.clock.advance(10)
+        self.assertTrue(self.failureResultOf(got, TransferFailed).value.temporary)
+        self.assertTrue(self.agent.last.is_cancelled)
+
+    def test_cancelling_withdraws_the_request(self) -> None:
+        got = self.get()
+        got.cancel()
+        self.failureResultOf(got, CancelledError)
+        self.assertTrue(self.agent.last.is_cancelled)
+
+    def test_failures_of_the_network_are_temporary(self) -> None:
+        for error in (
+            ConnectionRefusedError(),
+            DNSLookupError("no such host"),
+            ResponseNeverReceived([Failure(ConnectionLost())]),
+            ResponseNeverReceived([Failure(SSL.Error())]),
+        ):
+            with self.subTest(error=error):
+                self.assertTrue(self.failure(error).temporary)
+
+    def test_no_query_gets_into_a_message(self) -> None:
+        self.assertNotIn("secret", str(self.failure(ConnectionRefusedError())))
+
+    def test_an_untrusted_certificate_is_permanent_and_names_the_cure(self) -> None:
+        untrusted = SSL.Error([("SSL routines", "", "certificate verify failed")])
+        error = self.failure(ResponseNeverReceived([Failure(untrusted)]))
+        self.assertFalse(error.temporary)
+        self.assertIn("SSL_CERT_FILE", str(error))
+
+    def test_a_server_without_tls_names_the_cure(self) -> None:
+        plain = SSL.Error([("SSL routines", "", "wrong version number")])
+        self.assertIn("--plain-http", str(self.failure(ResponseNeverReceived([Failure(plain)]))))
+
+    def test_a_certificate_of_another_host_is_permanent(self) -> None:
+        error = self.failure(ResponseNeverReceived([Failure(VerificationError(errors=[]))]))
+        self.assertFalse(error.temporary)
+
+    def test_what_is_no_failure_of_the_network_is_not_dressed_up_as_one(self) -> None:
+        got = self.get()
+        self.agent.last.fail(ZeroDivisionError())
+        self.failureResultOf(got, ZeroDivisionError)
+
+    def test_a_real_server_and_a_real_client_understand_each_other(self) -> None:
+        class Page(Resource):
+            isLeaf = True
+
+            def render_GET(self, request: Request) -> bytes:
+                encodings = request.requestHeaders.getRawHeaders(b"accept-encoding")
+                return b" ".join(encodings or [])
+
+        transport = Transport.over_agent(self.clock, RequestTraversalAgent(Page()))
+        response = self.successResultOf(Deferred.fromCoroutine(transport.get("https://a.example/", {}, 10)))
+        self.assertEqual(b"identity", self.successResultOf(read_body(response, 100, self.clock, 10)))
+
+
+class StatusTests(SynchronousTestCase):
+    def setUp(self) -> None:
+        self.agent, self.clock, self.transport = fake_transport()
+
+    def error(self, code: int, body: bytes = b"", **headers: str) -> Any:
+        got = Deferred.fromCoroutine(self.transport.get(URL, {}, 10))
+        self.agent.last.respond(code, body, **headers)
+        response = self.successResultOf(got)
+        return self.successResultOf(Deferred.fromCoroutine(status_error(response, URL, self.clock, 10)))
+
+    def test_statuses_that_pass_are_temporary(self) -> None:
+        for code in (408, 429, 499, 500, 502, 503, 504, 522):
+            self.assertTrue(self.error(code).temporary, code)
+
+    def test_other_statuses_are_permanent(self) -> None:
+        for code in (400, 401, 403, 404, 405, 410, 416, 451, 501, 505, 204, 304):
+            self.assertFalse(self.error(code).temporary, code)
+
+    def test_errors_have_their_types(self) -> None:
+        self.assertIsInstance(self.error(401), AccessDenied)
+        self.assertIsInstance(self.error(403), AccessDenied)
+        self.assertIsInstance(self.error(404), NotInRegistry)
+
+    def test_the_registrys_own_words_are_passed_on(self) -> None:
+        body = b'{"errors":[{"code":"NAME_UNKNOWN","message":"repository name not known"}]}'
+        self.assertIn("NAME_UNKNOWN: repository name not known", str(self.error(404, body)))
+
+    def test_plain_text_is_passed_on(self) -> None:
+        self.assertIn("slow down", str(self.error(429, b"slow down\n", Content_Type="text/plain")))
+
+    def test_a_pause_asked_for_is_known(self) -> None:
+        self.assertEqual(7, self.error(429, Retry_After="7").retry_after)
+        self.assertIsNone(self.error(503).retry_after)
+
+    def test_the_query_is_not_shown(self) -> None:
+        self.assertNotIn("secret", str(self.error(404)))
+
+    def test_what_a_registry_says_cannot_write_on_the_terminal(self) -> None:
+        body = b'{"errors":[{"code":"X","message":"\\u001b[2J\\nfake line"}]}'
+        said = str(self.error(404, body))
+        self.assertNotIn("\x1b", said)
+        self.assertNotIn("\n", said)
+
+    def test_a_huge_explanation_is_not_read_to_its_end(self) -> None:
+        self.assertIn("404 Not Found", str(self.error(404, b"x" * 1_000_000)))
+
+    def test_odd_explanations_say_nothing(self) -> None:
+        for body in (b"", b"[]", b"{}", b'{"errors":5}', b'{"errors":[5]}', b"<html>", b"\xff", b"[" * 9999):
+            self.assertEqual("", errors_text(body), body[:20])
