@@ -19,7 +19,7 @@ README = PROJECT / "README.md"
 PAGES = sorted((PROJECT / "docs").glob("*.md"))
 TABLE = re.compile(r"<!-- options -->\n(.*?)<!-- /options -->", re.DOTALL)
 LINK = re.compile(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)")
-CODE_BLOCK = re.compile(r"^```(?:sh|console)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+CODE_BLOCK = re.compile(r"^```(sh|console)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 HEADING = re.compile(r"^### `(--.+)`\n\n(.+?)\n\n", re.MULTILINE)
 
 
@@ -34,10 +34,10 @@ def expected_table() -> str:
 
 
 def command_lines(text: str) -> Iterator[list[str]]:
-    """The words of each command in a page's code blocks, without prompts; continued lines joined."""
-    for block in CODE_BLOCK.findall(text):
+    """The words of each command in a page's code blocks: sh has comments, console has prompts."""
+    for language, block in CODE_BLOCK.findall(text):
         for line in block.replace("\\\n", " ").splitlines():
-            yield shlex.split(re.sub(r"^[#$] (?=\S)", "", line.split("  # ")[0]), comments=True)
+            yield shlex.split(line[2:] if language == "console" else line, comments=language == "sh")
 
 
 class OptionTests(SynchronousTestCase):
