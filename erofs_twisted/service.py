@@ -105,7 +105,7 @@ class MountService(Service):
             self.log.info("stopped before {path} was mounted", path=config.mountpoint)
         except ErofsTwistedError as error:
             failure = str(error)
-            self.log.critical("{path}: {failure}", path=config.mountpoint, failure=failure)
+            self.log.critical("{path}: {reason}", path=config.mountpoint, reason=failure)
         except Exception as error:  # noqa: BLE001 - a bug must not leave the daemon neither dead nor alive
             failure = f"unexpected {type(error).__name__}: {error}"
             self.log.failure("a bug: please report it")

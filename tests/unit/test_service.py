@@ -1,0 +1,296 @@
+"""The life of a mount: every order of events, with parts that only write down what is asked of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import attrs
+from twisted.internet.defer import Deferred, succeed
+from twisted.internet.testing import MemoryReactorClock
+from twisted.trial.unittest import SynchronousTestCase
+
+from erofs_twisted import service
+from erofs_twisted.errors import MountError, ReadError
+from erofs_twisted.mount.mountpoint import Busy
+from erofs_twisted.options import read_mount_config
+from erofs_twisted.process import ExitStatus
+from erofs_twisted.state.journal import Journal
+from erofs_twisted.state.records import Status
+
+STARTED = ["check", "choose", "open", "attach", "mount"]
+STOPPED = ["unmount", "detach", "stop server", "close image", "remove directory", "stop pool"]
+
+
+@attrs.define
+class World:
+    """What the service finds when it reaches for its parts. ``fails`` and ``waits`` are by step."""
+
+    events: list[str] = attrs.field(factory=list)
+    fails: dict[str, Exception] = attrs.field(factory=dict)
+    waits: dict[str, Deferred[None]] = attrs.field(factory=dict)
+    busy: int = 0
+    """How often a mount that is not unmounted lazily is in use."""
+    held: int = 0
+    """How often the device is in use after that."""
+    unmounted: Deferred[None] = attrs.field(factory=Deferred)
+    lost: Deferred[None] = attrs.field(factory=Deferred)
+
+    async def step(self, name: str) -> None:
+        self.events.append(name)
+        if name in self.waits:
+            await self.waits[name]
+        if name in self.fails:
+            raise self.fails[name]
+
+    def install(self, case: SynchronousTestCase) -> None:
+        parts: dict[str, Any] = {
+            "SystemCallPool": lambda reactor: SimpleNamespace(stop=lambda: self.step("stop pool")),
+            "Mountpoint": lambda reactor, pool, path: FakeMountpoint(self, path),
+            "NetlinkConnector": lambda *arguments: None,
+            "FuseConnector": lambda *arguments: None,
+            "NBDServer": lambda reactor: SimpleNamespace(stop=lambda: self.step("stop server")),
+            "MountWatch": lambda reactor: SimpleNamespace(
+                gone=lambda path: self.unmounted, close=lambda: None
+            ),
+            "choose_connector": self.choose_connector,
+            "open_image": self.open_image,
+        }
+        for name, part in parts.items():
+            case.patch(service, name, part)
+
+    async def choose_connector(self, *arguments: Any) -> FakeConnector:
+        await self.step("choose")
+        return FakeConnector(self)
+
+    async def open_image(self, *arguments: Any) -> Any:
+        await self.step("open")
+        return SimpleNamespace(
+            export=None,
+            resolved=SimpleNamespace(digest="sha256:1"),
+            abandon=lambda: self.waits["mount"].errback(MountError("EIO")),
+            close=lambda: self.step("close image"),
+        )
+
+
+@attrs.define
+class FakeMountpoint:
+    world: World
+    path: str
+
+    async def check(self, make: bool) -> None:
+        await self.world.step("check")
+
+    async def mount(self, *arguments: Any) -> None:
+        await self.world.step("mount")
+
+    async def unmount(self, lazy: bool = False) -> None:
+        if self.world.unmounted.called:
+            return
+        if not lazy and self.world.busy:
+            self.world.busy -= 1
+            self.world.events.append("busy")
+            raise Busy(self.path, [], [])
+        await self.world.step("unmount lazily" if lazy else "unmount")
+        self.world.unmounted.callback(None)
+
+    async def remove_if_made(self) -> None:
+        await self.world.step("remove directory")
+
+
+@attrs.define
+class FakeConnector:
+    world: World
+    name: str = "nbd"
+
+    async def attach(self, export: object, server: object) -> FakeDevice:
+        await self.world.step("attach")
+        return FakeDevice(self.world, self.world.lost)
+
+
+@attrs.define
+class FakeDevice:
+    world: World
+    lost: Deferred[None]
+    path: str = "/dev/nbd0"
+
+    def is_held(self) -> Deferred[bool]:
+        self.world.held -= 1
+        return succeed(self.world.held >= 0)
+
+    async def detach(self) -> None:
+        await self.world.step("detach")
+
+
+class MountServiceTestCase(SynchronousTestCase):
+    def setUp(self) -> None:
+        self.state_dir = Path(self.mktemp())
+        self.begin_anew(World())
+
+    def begin_anew(self, world: World) -> None:
+        self.world = world
+        self.world.install(self)
+        self.reactor = MemoryReactorClock()
+        self.stopped = 0
+        self.reactor.stop = self.stop_reactor  # type: ignore[method-assign]
+        self.exit_status = ExitStatus()
+
+    def stop_reactor(self) -> None:
+        self.stopped += 1
+        self.assertIsNone(self.service.stopService())
+
+    def start(self, **values: str) -> None:
+        config = read_mount_config(
+            {
+                "image": "registry.example/app",
+                "mountpoint": "/mnt",
+                "state-dir": str(self.state_dir),
+                **{name.replace("_", "-"): value for name, value in values.items()},
+            }
+        )
+        self.service = service.MountService(self.reactor, config, self.exit_status)
+        self.service.startService()
+        for hook, arguments, keywords in self.reactor.whenRunningHooks[
+            1:
+        ]:  # the first installs signal handlers
+            hook(*arguments, **keywords)
+
+    def record(self) -> Any:
+        return Journal(self.state_dir).read("/mnt")
+
+    def assert_ended(self, status: int) -> None:
+        self.assertEqual((1, status), (self.stopped, self.exit_status.status))
+
+
+class OrderTests(MountServiceTestCase):
+    def test_a_mount_starts_step_by_step_and_says_when_it_is_ready(self) -> None:
+        self.start()
+        self.assertEqual(STARTED, self.world.events)
+        record = self.record()
+        self.assertEqual(
+            (Status.READY, "nbd", "/dev/nbd0", "sha256:1"),
+            (record.status, record.backend, record.device, record.digest),
+        )
+        self.assertEqual(0, self.stopped)
+
+    def test_told_to_stop_it_takes_everything_back_in_the_reverse_order(self) -> None:
+        self.start()
+        self.service.request_stop("SIGTERM")
+        self.assertEqual(STARTED + STOPPED, self.world.events)
+        self.assert_ended(0)
+        self.assertEqual([], list(self.state_dir.iterdir()))
+
+    def test_unmounted_by_somebody_else_it_ends_the_same_way(self) -> None:
+        self.start()
+        self.world.unmounted.callback(None)
+        self.assertEqual(STARTED + STOPPED[1:], self.world.events)
+        self.assert_ended(0)
+        self.assertEqual([], list(self.state_dir.iterdir()))
+
+    def test_a_failure_at_any_step_takes_back_those_before_it_and_tells_why(self) -> None:
+        undone = {"check": 5, "choose": 4, "open": 4, "attach": 2, "mount": 1}
+        for number, step in enumerate(STARTED, 1):
+            self.begin_anew(World(fails={step: ReadError(f"no luck with {step}")}))
+            self.start()
+            self.assertEqual(STARTED[:number] + STOPPED[undone[step] :], self.world.events)
+            self.assert_ended(1)
+            self.assertEqual(
+                (Status.FAILED, f"no luck with {step}"), (self.record().status, self.record().reason)
+            )
+
+    def test_an_unexpected_error_ends_the_daemon_too(self) -> None:
+        self.world.fails["attach"] = KeyError("a bug")
+        self.start()
+        self.assertEqual(STARTED[:4] + STOPPED[2:], self.world.events)
+        self.assert_ended(1)
+        self.assertIn("unexpected KeyError", self.record().reason)
+        self.assertEqual(1, len(self.flushLoggedErrors(KeyError)))
+
+    def test_a_mount_point_that_another_daemon_serves_is_left_alone(self) -> None:
+        other = Journal(self.state_dir).claim("/mnt", "registry.example/other")
+        self.addCleanup(other.release)
+        self.start()
+        self.assertEqual([], self.world.events)
+        self.assert_ended(1)
+        self.assertEqual("registry.example/other", self.record().image)
+
+
+class StopWhileStartingTests(MountServiceTestCase):
+    def test_the_image_is_not_waited_for(self) -> None:
+        self.world.waits["open"] = Deferred()
+        self.start()
+        self.service.request_stop("SIGINT")
+        self.assertEqual(["check", "choose", "open", "remove directory", "stop pool"], self.world.events)
+        self.assert_ended(0)
+        self.assertEqual([], list(self.state_dir.iterdir()))
+
+    def test_a_device_that_is_being_attached_is_detached_again(self) -> None:
+        attached = self.world.waits["attach"] = Deferred()
+        self.start()
+        self.service.request_stop("SIGTERM")
+        self.assertEqual(STARTED[:4], self.world.events)
+        attached.callback(None)
+        self.assertEqual(STARTED[:4] + STOPPED[1:], self.world.events)
+        self.assert_ended(0)
+
+    def test_a_mount_that_waits_for_its_image_is_made_to_fail(self) -> None:
+        self.world.waits["mount"] = Deferred()
+        self.start()
+        self.service.request_stop("SIGTERM")
+        self.assertEqual(STARTED + STOPPED[1:], self.world.events)
+        self.assert_ended(0)
+
+
+class InUseTests(MountServiceTestCase):
+    def test_a_busy_mount_is_served_until_its_users_let_go(self) -> None:
+        self.world.busy = 3
+        self.start()
+        self.service.request_stop("SIGTERM")
+        self.assertEqual((Status.STOPPING, 0), (self.record().status, self.stopped))
+        self.assertIn("/mnt is in use", self.record().reason)
+        self.reactor.pump([service.BUSY_RETRY] * 2)
+        self.assertEqual([*STARTED, "busy", "busy", "busy"], self.world.events)
+        self.reactor.advance(service.BUSY_RETRY)
+        self.assertEqual(STOPPED, self.world.events[-6:])
+        self.assert_ended(0)
+
+    def test_told_twice_it_unmounts_lazily(self) -> None:
+        self.world.busy = 100
+        self.start()
+        self.service.request_stop("SIGINT")
+        self.service.request_stop("SIGINT")
+        self.assertEqual(["busy", "unmount lazily", *STOPPED[1:]], self.world.events[5:])
+        self.assert_ended(0)
+
+    def test_on_stop_lazy_unmounts_lazily_at_once(self) -> None:
+        self.world.busy = 100
+        self.start(on_stop="lazy")
+        self.service.request_stop("SIGTERM")
+        self.assertEqual(["unmount lazily", *STOPPED[1:]], self.world.events[5:])
+
+    def test_the_end_of_the_reactor_does_not_wait_for_users(self) -> None:
+        self.world.busy = 100
+        self.start()
+        self.reactor.stop = lambda: None  # type: ignore[method-assign]
+        ended = self.service.stopService()
+        assert ended is not None
+        self.successResultOf(ended)
+        self.assertIn("unmount lazily", self.world.events)
+
+    def test_a_device_still_in_use_after_the_unmount_is_served_until_it_is_free(self) -> None:
+        self.world.held = 2
+        self.start()
+        self.world.unmounted.callback(None)
+        self.assertEqual(STARTED, self.world.events)
+        self.reactor.pump([service.BUSY_RETRY] * 2)
+        self.assertEqual(STARTED + STOPPED[1:], self.world.events)
+        self.assert_ended(0)
+
+    def test_a_device_lost_to_somebody_else_is_a_failure_and_leaves_nothing(self) -> None:
+        self.start()
+        self.world.held = 100  # by the mount, whose reads fail
+        self.world.lost.callback(None)
+        self.assertEqual(["unmount lazily", *STOPPED[1:]], self.world.events[5:])
+        self.assert_ended(1)
+        self.assertIn("disconnected by somebody else", self.record().reason)
