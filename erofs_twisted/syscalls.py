@@ -13,6 +13,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.threads import deferToThreadPool
+from twisted.python.failure import Failure
 from twisted.python.threadpool import ThreadPool
 
 MNT_DETACH = 2
@@ -60,22 +61,25 @@ async def in_thread_to_its_end(
 ) -> tuple[Result, bool]:
     """Like `in_thread`, for a call that must be undone when its result is no longer wanted. Returns the
     result, and whether it was cancelled in the meantime; what ``call`` raises is raised either way."""
-    work = deferToThreadPool(reactor, pool, call, *args, **kwargs)
+    outcome: list[Result | Failure] = []
+    ended: Deferred[None] = Deferred()
+
+    def settle(result: Result | Failure) -> None:
+        outcome.append(result)
+        ended.callback(None)
+
+    work = deferToThreadPool(reactor, pool, call, *args, **kwargs).addBoth(settle)
     cancelled = False
     while not work.called:
-        ended: Deferred[None] = Deferred()
-        work = work.addBoth(_pass_on, ended)
         try:
             await ended
         except CancelledError:
             cancelled = True
-    return await work, cancelled
-
-
-def _pass_on(result: Result, ended: Deferred[None]) -> Result:
-    if not ended.called:
-        ended.callback(None)
-    return result
+            ended = Deferred()
+    (result,) = outcome
+    if isinstance(result, Failure):
+        result.raiseException()
+    return result, cancelled
 
 
 def _last_error(target: str) -> OSError:

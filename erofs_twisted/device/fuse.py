@@ -118,11 +118,9 @@ class FuseDevice:
         return Deferred.fromCoroutine(self._detach())
 
     async def _detach(self) -> None:
-        self._detaching = True
-        held = await self.is_held()
-        if held:
-            self._detaching = False
+        if not self.lost.called and await self.is_held():
             raise MountError(f"{self.path} is still mounted somewhere: unmount that first")
+        self._detaching = True
         await self._undo.aclose()
 
     def _program_ended(self, _: None) -> None:

@@ -13,6 +13,7 @@ from zope.interface import implementer
 from erofs_twisted.device.driver import Attached, NBDDriver
 from erofs_twisted.device.settings import NBDSettings
 from erofs_twisted.device.uapi import NBD_FLAG_HAS_FLAGS, NBD_FLAG_READ_ONLY, Connection
+from erofs_twisted.errors import MountError
 from erofs_twisted.interfaces import IBlockDevice, IDeviceConnector, IExport, INBDServer
 from erofs_twisted.syscalls import in_thread, in_thread_to_its_end
 
@@ -29,12 +30,12 @@ class NetlinkConnector:
         self,
         reactor: Any,
         pool: ThreadPool,
-        settings: NBDSettings = NBDSettings(),
+        settings: NBDSettings | None = None,
         driver: NBDDriver | None = None,
     ) -> None:
         self._reactor = reactor
         self._pool = pool
-        self._settings = settings
+        self._settings = settings or NBDSettings()
         self._driver = NBDDriver() if driver is None else driver
 
     def check(self) -> Deferred[None]:
@@ -115,6 +116,8 @@ class NBDDevice:
     async def _detach(self) -> None:
         if self._detached:
             return
+        if not self.lost.called and await self.is_held():
+            raise MountError(f"{self.path} is still mounted somewhere: unmount that first")
         self._detaching = True
         await in_thread_to_its_end(self._reactor, self._pool, self._driver.detach, self._attached)
         self._detached = True
