@@ -34,7 +34,7 @@ IDLE_SECONDS = 60
 
 
 class _VerbatimURL(EncodedURL):
-    """A URL that treq sends as it is, where it would refuse hosts that are no IDNA names, ``[::1]`` among them."""
+    """A URL that treq sends as it is. Hosts that are no IDNA names, ``[::1]`` among them, it would refuse."""
 
     def to_uri(self) -> _VerbatimURL:
         return self
