@@ -23,7 +23,7 @@ OPTIONS = (*MOUNT_OPTIONS[:2], *IMAGE_OPTIONS, *MOUNT_OPTIONS[2:])
 class Options(usage.Options):
     """`config` is what was asked for, once `parseOptions` has returned."""
 
-    synopsis = "Usage: twistd [twistd's options] erofs-nbd --image IMAGE --mountpoint DIR [options]"
+    synopsis = "--image IMAGE --mountpoint DIR [options]"
     longdesc = (
         "Mounts an OCI image straight from its registry on the kernel's EROFS file system, read-only, "
         "fetching only what is read. A daemon, unless twistd is given -n; it ends when the mount point is "
