@@ -1,7 +1,4 @@
-"""Images to test with: OCI layouts made by hand, and a pusher that takes any media type.
-
-skopeo refuses media types that it doesn't know; a registry takes them all.
-"""
+"""Images to test with: OCI layouts made by hand, and a pusher that changes nothing in them."""
 
 from __future__ import annotations
 

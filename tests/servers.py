@@ -28,7 +28,8 @@ import attrs
 READY_SECONDS = 60.0
 """A slow machine, such as User-Mode Linux, takes long to start a server."""
 
-PACKAGES = {"docker-registry": "docker-registry", "nginx": "nginx-light", "htpasswd": "apache2-utils"}
+PACKAGES = {"nginx": "nginx-light", "htpasswd": "apache2-utils"}
+"""What has a program, where it is called otherwise."""
 
 
 def free_port() -> int:
@@ -160,9 +161,14 @@ class DockerRegistry(Process):
 
 @attrs.define(eq=False)
 class Nginx(Process):
-    """nginx with ``directives`` in its one server block; ``%(directory)s`` there is its own directory."""
+    """nginx with ``directives`` in its one server block; ``tls`` is a file each for the chain and the key."""
 
     directives: str
+    tls: tuple[Path, Path] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"{'https' if self.tls else 'http'}://{self.authority}"
 
     @classmethod
     def proxy(cls, upstream: str, extra: str = "") -> Nginx:
@@ -182,12 +188,16 @@ class Nginx(Process):
             f"{kind}_temp_path {self.directory}/{kind};"
             for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
         )
+        listen = f"listen {self.authority};"
+        if self.tls:
+            chain, key = self.tls
+            listen = f"listen {self.authority} ssl; ssl_certificate {chain}; ssl_certificate_key {key};"
         path = self.directory / "nginx.conf"
         path.write_text(
             f"daemon off; master_process off; pid {self.directory}/pid; error_log stderr info;\n"
             "events {}\n"
             f"http {{ access_log {self.directory}/access.log; {temporary} keepalive_requests 100000;\n"
-            f"server {{ listen {self.authority}; {self.directives % {'directory': self.directory}} }} }}\n"
+            f"server {{ {listen} {self.directives} }} }}\n"
         )
         return [tool("nginx"), "-p", str(self.directory), "-c", str(path), "-e", "stderr"]
 
@@ -237,11 +247,8 @@ class TokenServer:
         }
 
     def __enter__(self) -> Self:
-        from tests.certificates import make_authority, pem
-
         self.directory = Path(tempfile.mkdtemp(prefix="erofs-twisted-test-"))
-        self._key, self._certificate = make_authority("token issuer")
-        (self.directory / "issuer.pem").write_bytes(pem(self._certificate))
+        self.change_key()
         owner = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -264,6 +271,13 @@ class TokenServer:
         self._thread.join()
         self._server.server_close()
         shutil.rmtree(self.directory)
+
+    def change_key(self) -> None:
+        """Sign with a new key from now on; a registry must be started again to know it."""
+        from tests.certificates import make_authority, pem
+
+        self._key, self._certificate = make_authority("token issuer")
+        (self.directory / "issuer.pem").write_bytes(pem(self._certificate))
 
     def authorization(self, repository: str, actions: Sequence[str] = ("pull", "push")) -> dict[str, str]:
         """Headers that let a pusher in."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from OpenSSL.SSL import Error as TLSError
 from service_identity import VerificationError
+from twisted.internet.defer import CancelledError
 from twisted.internet.defer import TimeoutError as TimedOut
-from twisted.internet.error import ConnectError, ConnectionClosed
+from twisted.internet.error import ConnectError, ConnectingCancelledError, ConnectionClosed
 from twisted.python.failure import Failure
 from twisted.web._newclient import RequestNotSent
 from twisted.web.client import RequestGenerationFailed, RequestTransmissionFailed, ResponseFailed
@@ -15,6 +16,7 @@ from erofs_twisted.registry.urls import redacted
 
 NETWORK_FAILURES = (
     ConnectError,
+    ConnectingCancelledError,
     ConnectionClosed,
     OSError,
     RequestGenerationFailed,
@@ -44,6 +46,11 @@ def network_failure(error: BaseException, url: str) -> TransferFailed:
             text += "; if the registry speaks HTTP without TLS, say --plain-http"
         return TransferFailed(text)
     return TransferFailed(f"{redacted(url)}: {describe(cause)}", temporary=True)
+
+
+def is_cancellation(error: BaseException) -> bool:
+    """Did a request end because its Deferred was cancelled? An agent seldom says so by a CancelledError."""
+    return isinstance(innermost(error), CancelledError | ConnectingCancelledError)
 
 
 def broken_off(reason: Failure) -> TransferFailed:

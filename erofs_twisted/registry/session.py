@@ -9,7 +9,7 @@ from twisted.web.iweb import IResponse
 
 from erofs_twisted.registry.answers import status_error
 from erofs_twisted.registry.auth import Authorizer
-from erofs_twisted.registry.body import abandon, discard
+from erofs_twisted.registry.body import discard
 from erofs_twisted.registry.errors import AccessDenied, RegistryError, TransferFailed
 from erofs_twisted.registry.transport import Transport
 from erofs_twisted.registry.urls import Origin, redacted, resolve_location
@@ -50,9 +50,8 @@ class Session:
                 response = await self.transport.get(url, headers, seconds)
             if response.code not in REDIRECTS:
                 return Answer(response, url, url != start)
-            target = self._target(response, url)
             await discard(response, self.transport.clock, seconds)
-            url = target
+            url = self._target(response, url)
         raise TransferFailed(f"{redacted(start)}: more than {MAX_REDIRECTS} redirects")
 
     async def refusal(self, answer: Answer, seconds: float) -> RegistryError:
@@ -78,17 +77,13 @@ class Session:
 
     def _target(self, response: IResponse, url: str) -> str:
         location = response.headers.getRawHeaders("Location", [""])[0]
-        try:
-            if not location:
-                raise TransferFailed(f"{redacted(url)}: a redirect to nowhere")
-            target = resolve_location(url, location)
-            if url.startswith("https:") and target.startswith("http:") and not self._plain_http:
-                raise TransferFailed(
-                    f"{redacted(url)}: from https to {redacted(target)} only with --plain-http"
-                )
-        except RegistryError:
-            abandon(response)
-            raise
+        if not location:
+            raise TransferFailed(f"{redacted(url)}: a redirect to nowhere")
+        target = resolve_location(url, location)
+        if url.startswith("https:") and target.startswith("http:") and not self._plain_http:
+            raise TransferFailed(
+                f"{redacted(url)}: a redirect from https to {redacted(target)} only with --plain-http"
+            )
         return target
 
 

@@ -8,7 +8,10 @@ from typing import Any
 import attrs
 from hyperlink import EncodedURL
 from treq.client import HTTPClient
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.defer import TimeoutError as TimedOut
+from twisted.internet.task import deferLater
+from twisted.python.failure import Failure
 from twisted.web.client import (
     Agent,
     BrowserLikePolicyForHTTPS,
@@ -22,7 +25,7 @@ from zope.interface import implementer
 from erofs_twisted import __version__
 from erofs_twisted.registry.body import abandon
 from erofs_twisted.registry.errors import TransferFailed
-from erofs_twisted.registry.failures import NETWORK_FAILURES, network_failure
+from erofs_twisted.registry.failures import NETWORK_FAILURES, is_cancellation, network_failure
 from erofs_twisted.registry.urls import redacted
 
 USER_AGENT = f"erofs-twisted/{__version__}"
@@ -112,11 +115,22 @@ class Transport:
             reactor=self.clock,
         )
         try:
-            return await answer.addTimeout(seconds, self.clock)
+            return await answer.addTimeout(seconds, self.clock, _timed_out)
         except NETWORK_FAILURES as error:
+            if is_cancellation(error):
+                raise CancelledError from error
             raise network_failure(error, url) from error
 
     async def close(self) -> None:
         """Close the connections that wait for a next request."""
         if self._pool is not None:
+            # We may run within the arrival of a response, whose connection joins the pool when we return.
+            await deferLater(self.clock, 0)
             await self._pool.closeCachedConnections()
+
+
+def _timed_out(result: IResponse | Failure, seconds: float) -> IResponse:
+    """What an agent's request comes to when its time is up: how it says that it was cancelled varies."""
+    if isinstance(result, Failure):
+        raise TimedOut(f"no answer within {seconds:g} seconds")
+    return result

@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import attrs
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.error import ConnectionLost
 from twisted.internet.interfaces import IProtocol
 from twisted.internet.task import Clock
 from twisted.python.failure import Failure
-from twisted.web.client import ResponseDone, ResponseFailed
+from twisted.web.client import ResponseDone, ResponseFailed, ResponseNeverReceived
 from twisted.web.http import RESPONSES
 from twisted.web.http_headers import Headers
 from twisted.web.iweb import UNKNOWN_LENGTH, IAgent, IResponse
@@ -97,8 +97,9 @@ class FakeRequest:
     def __attrs_post_init__(self) -> None:
         self.answer = Deferred(self._cancelled)
 
-    def _cancelled(self, _: object) -> None:
+    def _cancelled(self, answer: Deferred[Any]) -> None:
         self.is_cancelled = True
+        answer.errback(ResponseNeverReceived([Failure(CancelledError())]))  # as HTTP11ClientProtocol does
 
     def respond(
         self, code: int, body: bytes | None = b"", length: int | None = None, **headers: str

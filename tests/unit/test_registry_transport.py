@@ -7,8 +7,14 @@ from typing import Any
 from OpenSSL import SSL
 from service_identity import VerificationError
 from treq.testing import RequestTraversalAgent
+from twisted.internet.address import IPv4Address
 from twisted.internet.defer import CancelledError, Deferred
-from twisted.internet.error import ConnectionLost, ConnectionRefusedError, DNSLookupError
+from twisted.internet.error import (
+    ConnectingCancelledError,
+    ConnectionLost,
+    ConnectionRefusedError,
+    DNSLookupError,
+)
 from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 from twisted.web.client import ResponseNeverReceived
@@ -204,8 +210,15 @@ class TransportTests(SynchronousTestCase):
     def test_no_answer_in_time_is_a_temporary_failure(self) -> None:
         got = self.get()
         self.clock.advance(10)
-        self.assertTrue(self.failureResultOf(got, TransferFailed).value.temporary)
+        error = self.failureResultOf(got, TransferFailed).value
+        self.assertTrue(error.temporary)
+        self.assertIn("no answer within 10 seconds", str(error))
         self.assertTrue(self.agent.last.is_cancelled)
+
+    def test_a_connection_that_is_cancelled_is_a_cancellation(self) -> None:
+        got = self.get()
+        self.agent.last.fail(ConnectingCancelledError(IPv4Address("TCP", "127.0.0.1", 1)))
+        self.failureResultOf(got, CancelledError)
 
     def test_cancelling_withdraws_the_request(self) -> None:
         got = self.get()
