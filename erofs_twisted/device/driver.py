@@ -27,12 +27,12 @@ PATIENCE = 10.0
 
 @attrs.frozen
 class Attached:
-    """A connected device. ``owner`` is its ``pid`` in sysfs, which tells it from a later connection that was
-    given the same index. ``made_node``: we made the node at ``path``."""
+    """A connected device. ``connection`` tells it from a later one that was given the same index, see
+    `_connection`. ``made_node``: we made the node at ``path``."""
 
     index: int
     path: str
-    owner: str
+    connection: int
     made_node: bool
 
 
@@ -67,7 +67,7 @@ class NBDDriver:
             for name, value in queue.items():
                 _set(device / "queue" / name, value)
             path, made_node = _find_node(device)
-            return Attached(index, path, _read(device / "pid"), made_node)
+            return Attached(index, path, _connection(device), made_node)
         except BaseException:
             _disconnect(index)
             raise
@@ -77,14 +77,14 @@ class NBDDriver:
         disconnected it. Raises `MountError` where something still has it open."""
         device = _sysfs(attached.index)
         try:
-            if _read(device / "pid") == attached.owner:
+            if _connection(device) == attached.connection:
                 _disconnect(attached.index)
                 _wait_until(
-                    lambda: _read(device / "pid") != attached.owner or _is_free(device),
+                    lambda: _connection(device) != attached.connection,
                     f"{attached.path} is told to disconnect, but does not",
                 )
                 _wait_until(
-                    lambda: _is_free(device) or _read(device / "pid") not in ("", attached.owner),
+                    lambda: _connection(device) != 0 or _size(device) == 0,
                     f"{attached.path} is disconnected, but something still has it open (a mount in another "
                     "mount namespace?): its reads fail, and its index is free when that ends",
                 )
@@ -131,19 +131,27 @@ def _sysfs(index: int) -> Path:
 
 
 def _is_ready(device: Path, size: int) -> bool:
-    return bool(_read(device / "pid")) and _read(device / "size") == str(size // SECTOR)
+    return _connection(device) != 0 and _size(device) == size
 
 
-def _is_free(device: Path) -> bool:
-    return not _read(device / "pid") and _read(device / "size") in ("0", "")
+def _connection(device: Path) -> int:
+    """A number for the device's present connection, 0 where it has none.
 
-
-def _read(path: Path) -> str:
-    """'' for what is not there: a device that is not connected has no ``pid``."""
+    ``pid`` is in sysfs as long as a connection lasts, made anew for each, and so has another inode each time.
+    Its content may well be the same again: it is that of the thread that connected the device.
+    """
     try:
-        return path.read_text().strip()
+        return (device / "pid").stat().st_ino
     except OSError:
-        return ""
+        return 0
+
+
+def _size(device: Path) -> int:
+    """In bytes; also 0 where the device itself has gone."""
+    try:
+        return int((device / "size").read_text()) * SECTOR
+    except FileNotFoundError:
+        return 0
 
 
 def _set(path: Path, value: int) -> None:
@@ -155,7 +163,7 @@ def _set(path: Path, value: int) -> None:
 
 def _find_node(device: Path) -> tuple[str, bool]:
     path = Path("/dev", device.name)
-    major, minor = map(int, _read(device / "dev").split(":"))
+    major, minor = map(int, (device / "dev").read_text().split(":"))
     number = os.makedev(major, minor)
     try:
         there = path.stat()

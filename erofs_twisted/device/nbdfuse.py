@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from typing import Any
 
@@ -104,10 +105,8 @@ class NBDFuse(ProcessProtocol):
             waiter.callback(None)
 
     def _signal(self, name: str) -> None:
-        try:
+        with contextlib.suppress(ProcessExitedAlready):
             self.transport.signalProcess(name)  # type: ignore[union-attr]
-        except ProcessExitedAlready:
-            """It has ended in the meantime."""
 
 
 def _find(program: str) -> str | None:
