@@ -106,10 +106,9 @@ class BlobReader:
         clock = self._session.transport.clock
         transfer = _Transfer(offset, end, deliver, clock, clock.seconds())
         attempt = 0
-        shortcut = True
         while not transfer.is_complete:
             before = transfer.position
-            location = self._location if shortcut else None
+            location = self._location
             try:
                 await self._attempt(transfer, location or self._url)
             except RegistryError as error:
@@ -118,7 +117,6 @@ class BlobReader:
                 if location is not None:
                     # The signed URL may have expired, or its server be down: ask the registry for another.
                     self._location = None
-                    shortcut = False
                 if location is None or error.temporary:
                     await self._pause(transfer, attempt, error)
                     attempt += 1

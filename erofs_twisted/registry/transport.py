@@ -17,6 +17,7 @@ from twisted.web.client import (
     BrowserLikePolicyForHTTPS,
     HostnameCachingHTTPSPolicy,
     HTTPConnectionPool,
+    _HTTP11ClientFactory,
 )
 from twisted.web.http_headers import Headers
 from twisted.web.iweb import IAgent, IBodyProducer, IResponse
@@ -34,6 +35,12 @@ IDLE_CONNECTIONS = 16
 """Kept for each host: as many as there may be ranges in flight, or each range pays for a new connection."""
 IDLE_SECONDS = 60
 """Shorter than the keep-alive of common servers (nginx: 75 s), so that they seldom close under a request."""
+
+
+class _QuietFactory(_HTTP11ClientFactory):
+    """Leaves no two lines in the log for each connection."""
+
+    noisy = False
 
 
 class _VerbatimURL(EncodedURL):
@@ -90,6 +97,7 @@ class Transport:
     def over_sockets(cls, reactor: Any, trust_root: Any = None) -> Transport:
         """``trust_root`` (the platform's, and with it what SSL_CERT_FILE names) vouches for https servers."""
         pool = HTTPConnectionPool(reactor)
+        pool._factory = _QuietFactory
         pool.maxPersistentPerHost = IDLE_CONNECTIONS
         pool.cachedConnectionTimeout = IDLE_SECONDS
         policy = HostnameCachingHTTPSPolicy(BrowserLikePolicyForHTTPS(trust_root))
