@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
 import os
 import platform
 import tempfile
@@ -25,6 +27,10 @@ from erofs_twisted.syscalls import MNT_EXPIRE, UMOUNT_NOFOLLOW, in_thread, in_th
 
 BLOCK_SIZE = 4096
 LONGEST_SOCKET_PATH = 107
+PREFIX = "fuse-"
+NOT_MOUNTED = (errno.EINVAL, errno.ENOENT)
+"""What umount2(2) says of a file that is no mount point, or is not there."""
+
 POLL = 0.02
 PATIENCE = 10.0
 """Seconds: for nbdfuse to show the file, and for the kernel to let go of it."""
@@ -32,7 +38,10 @@ PATIENCE = 10.0
 
 @implementer(IDeviceConnector)
 class FuseConnector:
-    """The ``fuse`` back end. Each device has a private directory of its own in ``runtime_dir``."""
+    """The ``fuse`` back end. Each device has a private directory of its own in ``runtime_dir``.
+
+    nbdfuse outlives a daemon that is killed, and serves nobody any more: the next one here ends it.
+    """
 
     name = "fuse"
 
@@ -48,6 +57,7 @@ class FuseConnector:
         return Deferred.fromCoroutine(self._attach(export, server))
 
     async def _attach(self, export: IExport, server: INBDServer) -> IBlockDevice:
+        await in_thread(self._reactor, self._pool, _clear_away, self._runtime_dir)
         async with AsyncExitStack() as undo:
             directory = self._make_directory(undo)
             socket, file = str(directory / "socket"), str(directory / "image")
@@ -70,8 +80,9 @@ class FuseConnector:
 
     def _make_directory(self, undo: AsyncExitStack) -> Path:
         os.makedirs(self._runtime_dir, mode=0o700, exist_ok=True)
-        directory = Path(tempfile.mkdtemp(prefix="fuse-", dir=self._runtime_dir))
+        directory = Path(tempfile.mkdtemp(prefix=PREFIX, dir=self._runtime_dir))
         undo.callback(_remove_directory, directory)
+        undo.callback(os.close, _lock(directory))
         (directory / "image").touch(mode=0o400)
         if len(os.fsencode(directory / "socket")) > LONGEST_SOCKET_PATH:
             raise MountError(
@@ -184,14 +195,44 @@ def _unmount(file: str) -> None:
     deadline = time.monotonic() + PATIENCE
     while True:
         try:
-            return umount(file, UMOUNT_NOFOLLOW)
+            return _unmount_unless_used(file)
         except OSError as error:
-            if error.errno in (errno.EINVAL, errno.ENOENT):  # not mounted, or not yet
-                return None
             # The kernel closes EROFS's file, or the loop device's, a moment after the last user's.
             if error.errno != errno.EBUSY or time.monotonic() > deadline:
                 raise MountError(f"{file} cannot be unmounted: {error.strerror}") from error
             time.sleep(POLL)
+
+
+def _clear_away(runtime_dir: str) -> None:
+    """Unmount and remove what daemons that were killed left behind, but for what is mounted still."""
+    for directory in Path(runtime_dir).glob(f"{PREFIX}*"):
+        with contextlib.suppress(OSError):  # in use: by a living daemon, or a mount
+            lock = _lock(directory)
+            try:
+                _unmount_unless_used(str(directory / "image"))
+                _remove_directory(directory)
+            finally:
+                os.close(lock)
+
+
+def _lock(directory: Path) -> int:
+    """Says that ``directory`` is in use as long as the descriptor that it returns is open, which is not
+    beyond the life of this process. Raises BlockingIOError where another says so."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _unmount_unless_used(file: str) -> None:
+    try:
+        umount(file, UMOUNT_NOFOLLOW)
+    except OSError as error:
+        if error.errno not in NOT_MOUNTED:
+            raise
 
 
 def _remove_directory(directory: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +21,21 @@ from erofs_twisted.errors import MountError
 from erofs_twisted.interfaces import IDeviceConnector, IExport, INBDServer
 from tests import devices
 from tests.exports import BytesExport
+
+ROOT = Path(__file__).parents[2]
+ATTACH = """
+from twisted.internet import reactor
+from erofs_twisted.device.fuse import FuseConnector
+from erofs_twisted.mount.pool import SystemCallPool
+from erofs_twisted.nbd.server import NBDServer
+from tests.exports import FileExport
+
+attaching = FuseConnector(reactor, SystemCallPool(reactor), {run!r}).attach(
+    FileExport({image!r}), NBDServer(reactor)
+)
+attaching.addCallback(lambda device: print("attached", flush=True))
+reactor.run()
+"""
 
 
 class FuseDeviceTests(devices.DeviceTests):
@@ -71,6 +88,30 @@ class FuseDeviceTests(devices.DeviceTests):
         with self.assertRaises(MountError) as caught:
             await connector.attach(self.export, self.server)
         self.assertIn("--state-dir", str(caught.exception))
+
+    async def test_what_a_killed_daemon_left_is_cleared_away(self) -> None:
+        left = await self.in_thread(self._attach_and_be_killed)
+        await self.attach()
+        (kept,) = (self.directory / "run").iterdir()
+        self.assertNotEqual(left, kept.name)
+        self.assertEqual(1, len(self._nbdfuse()))
+
+    async def test_a_device_in_use_is_not_cleared_away(self) -> None:
+        first, second = await self.attach(), await self.attach()
+        await self.mount(first)
+        self.assertFalse(first.lost.called)
+        self.assertFalse(second.lost.called)
+
+    def _attach_and_be_killed(self) -> str:
+        """A process attaches the image and is killed. Returns the name of the directory that it leaves."""
+        run = self.directory / "run"
+        script = ATTACH.format(run=str(run), image=str(self.directory / "image.erofs"))
+        with subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            self.assertEqual(b"attached\n", process.stdout.readline())
+            process.kill()
+        (left,) = run.iterdir()
+        return left.name
 
     async def test_an_nbdfuse_that_fails_leaves_nothing(self) -> None:
         with self.assertRaises(MountError) as caught:
