@@ -28,7 +28,7 @@ import attrs
 READY_SECONDS = 60.0
 """A slow machine, such as User-Mode Linux, takes long to start a server."""
 
-PACKAGES = {"nginx": "nginx-light", "htpasswd": "apache2-utils"}
+PACKAGES = {"nginx": "nginx-light", "htpasswd": "apache2-utils", "systemd-analyze": "systemd"}
 """What has a program, where it is called otherwise."""
 
 

@@ -1,0 +1,39 @@
+"""The systemd unit, as systemd reads it."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+from tests.servers import tool
+
+UNIT = Path(__file__).parents[2] / "etc" / "systemd" / "erofs-nbd@.service"
+PROGRAMS = "/opt/erofs-twisted/bin"
+
+
+def analyze(*arguments: str | Path) -> str:
+    """What systemd-analyze says, on either channel."""
+    command = [tool("systemd-analyze"), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return done.stdout + done.stderr
+
+
+def instance(directory: Path, text: str) -> Path:
+    """An instance of the unit whose programs are there."""
+    for name in ("twistd", "erofs-nbd"):
+        (directory / name).symlink_to("/bin/true")
+    path = directory / "erofs-nbd@app.service"
+    path.write_text(text.replace(PROGRAMS, str(directory)))
+    return path
+
+
+def test_systemd_finds_nothing_wrong_with_the_unit(tmp_path: Path) -> None:
+    said = analyze("verify", "--man=no", instance(tmp_path, UNIT.read_text()))
+    assert [line for line in said.splitlines() if "erofs-nbd@" in line] == []
+
+
+def test_systemd_would_say_what_is_wrong(tmp_path: Path) -> None:
+    broken = UNIT.read_text().replace("KillMode=mixed", "KillMode=mixt")
+    said = analyze("verify", "--man=no", instance(tmp_path, broken))
+    assert "erofs-nbd@app.service" in said
+    assert "mixt" in said
