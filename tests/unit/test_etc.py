@@ -41,6 +41,9 @@ class UnitTests(SynchronousTestCase):
         names = {name for name, _ in settings(self.unit)}
         self.assertEqual(set(), names & MAKE_A_MOUNT_NAMESPACE)
 
+    def test_openssl_may_call_back_into_python(self) -> None:
+        self.assertNotIn("MemoryDenyWriteExecute", {name for name, _ in settings(self.unit)})
+
     def test_the_command_is_one_that_twistd_takes_with_the_example_configuration(self) -> None:
         environment = dict(settings(ETC / "erofs-twisted" / "example.conf"))
         (command,) = (value for name, value in settings(self.unit) if name == "ExecStart")
