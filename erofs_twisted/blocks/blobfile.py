@@ -68,10 +68,10 @@ class BlobFile:
             block = os.pread(fd, _BLOCK, _header_offset(identity))
             if not block.startswith(_header(identity)):
                 raise DamagedFile("its header is not this blob's")
-            file = cls(identity, fd, verified=False)
+            file = cls(identity, fd, verified=block[_VERIFIED_AT] == PRESENT)
             chunks = file.read_map()
-            # A crash may leave the flag without all the marks; what is fetched then was never hashed.
-            file.verified = chunks.complete and block[_VERIFIED_AT] == PRESENT
+            if file.verified and not chunks.complete:
+                raise DamagedFile("it was verified, but is not complete")
             fcntl.flock(fd, fcntl.LOCK_SH)
         except BaseException:
             os.close(fd)

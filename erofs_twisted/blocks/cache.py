@@ -267,7 +267,7 @@ class CachedBlob:
 
     async def _verified(self) -> ReadError | None:
         """Verify; the error if it came to nothing."""
-        # All marks come before the flag, or a crash could leave the flag to chunks fetched after it.
+        # All marks come before the flag: a file with the flag alone would be dropped as damaged.
         await self._flush()
         if not self._closing and not self.chunks.complete:
             return ReadError(f"the blob {self.digest} cannot be verified: parts of it were lost")

@@ -1,0 +1,367 @@
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+from twisted.internet.defer import Deferred
+from twisted.logger import LogLevel, globalLogPublisher
+from twisted.trial.unittest import SynchronousTestCase
+
+from erofs_twisted.blocks import blobfile
+from erofs_twisted.blocks.cache import FLUSH_SECONDS, CachedBlob, CacheDirectory, CacheError, CorruptBlob
+from erofs_twisted.errors import ReadError
+from erofs_twisted.registry.errors import InvalidDigest
+from tests.unit.blobs import ThreadlessPool, ThreadlessReactor, blob, digest_of, open_cached
+
+CHUNK = 1024
+DATA = blob(5 * CHUNK + 100)
+COUNT = 6
+
+
+class BrokenSystem:
+    """The module os, of which some functions fail."""
+
+    def __init__(self, *broken: str, code: int = errno.ENOSPC) -> None:
+        self.broken = broken
+        self.code = code
+
+    def __getattr__(self, name: str) -> Any:
+        def fail(*_: Any, **__: Any) -> None:
+            raise OSError(self.code, os.strerror(self.code))
+
+        return fail if name in self.broken else getattr(os, name)
+
+
+class CacheCase(SynchronousTestCase):
+    def setUp(self) -> None:
+        self.path = self.mktemp()
+        self.reactor = ThreadlessReactor()
+        self.pool = ThreadlessPool()
+        self.events: list[dict[str, Any]] = []
+        globalLogPublisher.addObserver(self.events.append)
+        self.addCleanup(globalLogPublisher.removeObserver, self.events.append)
+
+    def open(self, data: bytes = DATA, **options: Any) -> CachedBlob:
+        return open_cached(self.path, data, chunk_size=CHUNK, reactor=self.reactor, pool=self.pool, **options)
+
+    def store(self, cached: CachedBlob, *chunks: int, data: bytes = DATA) -> None:
+        for chunk in chunks:
+            start = cached.chunking.start(chunk)
+            self.assertTrue(cached.store(chunk, [data[start : cached.chunking.start(chunk + 1)]]))
+
+    def present(self, cached: CachedBlob) -> list[int]:
+        return [chunk for chunk in range(COUNT) if cached.chunks.present(chunk, chunk + 1)]
+
+    def file(self) -> Path:
+        return Path(self.path) / "sha256" / digest_of(DATA).partition(":")[2]
+
+    def logged(self, level: Any) -> list[str]:
+        return [event["log_format"] for event in self.events if event["log_level"] is level]
+
+
+class OpenTests(CacheCase):
+    def failure(self, digest: str = digest_of(DATA), path: str | None = None) -> Deferred[CachedBlob]:
+        directory = CacheDirectory(self.reactor, self.pool, path or self.path)  # type: ignore[arg-type]
+        return directory.open(digest, len(DATA))
+
+    def test_only_its_owner_may_see_the_cache(self) -> None:
+        self.open()
+        modes = [
+            stat.S_IMODE(path.stat().st_mode) for path in (self.file(), self.file().parent, Path(self.path))
+        ]
+        self.assertEqual([0o600, 0o700, 0o700], modes)
+
+    def test_a_new_blob_has_nothing_and_takes_no_room(self) -> None:
+        self.assertEqual([], self.present(self.open()))
+        data = blob(1)
+        directory = CacheDirectory(self.reactor, self.pool, self.path)  # type: ignore[arg-type]
+        cached = self.successResultOf(directory.open(digest_of(data), 1 << 40))
+        self.assertLess(os.fstat(cached.fd).st_blocks * 512, 1 << 20)
+
+    def test_a_blob_in_use_is_locked_so_that_nobody_evicts_it(self) -> None:
+        cached = self.open()
+        with self.file().open() as other:
+            self.assertRaises(BlockingIOError, fcntl.flock, other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.successResultOf(cached.close())
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def test_a_directory_that_others_may_write_to_is_refused(self) -> None:
+        os.mkdir(self.path)
+        os.chmod(self.path, 0o777)
+        message = str(self.failureResultOf(self.failure(), CacheError).value)
+        self.assertIn("--cache-dir", message)
+
+    def test_a_directory_that_cannot_be_made_is_an_error_that_says_the_cure(self) -> None:
+        Path(self.path).write_text("a file")
+        message = str(self.failureResultOf(self.failure(), CacheError).value)
+        self.assertIn("choose another with --cache-dir", message)
+
+    def test_a_digest_never_leaves_the_directory(self) -> None:
+        for digest in ("sha256:../../etc/passwd", "md5:" + "0" * 32, "sha256", f"sha256:{'A' * 64}"):
+            self.failureResultOf(self.failure(digest), InvalidDigest)
+
+    def test_a_symbolic_link_in_a_blobs_place_is_not_followed(self) -> None:
+        self.successResultOf(self.open().close())
+        self.file().unlink()
+        self.file().symlink_to("/etc/passwd")
+        self.failureResultOf(self.failure(), CacheError)
+
+
+class KeepTests(CacheCase):
+    def test_what_is_stored_is_there_at_once(self) -> None:
+        cached = self.open()
+        self.store(cached, 1, 5)
+        self.assertEqual([1, 5], self.present(cached))
+        self.assertEqual(DATA[CHUNK : 2 * CHUNK], os.pread(cached.fd, CHUNK, CHUNK))
+
+    def test_what_is_stored_is_there_after_a_close(self) -> None:
+        cached = self.open()
+        self.store(cached, 1, 2, 5)
+        self.successResultOf(cached.close())
+        self.assertEqual([1, 2, 5], self.present(self.open()))
+
+    def test_marks_reach_the_disk_some_seconds_later(self) -> None:
+        self.store(self.open(), 3)
+        self.assertEqual([], self.present(self.open()))
+        self.reactor.advance(FLUSH_SECONDS)
+        self.assertEqual([3], self.present(self.open()))
+
+    def test_what_is_stored_while_a_flush_runs_is_flushed_by_the_next(self) -> None:
+        cached = self.open()
+        self.store(cached, 0)
+        self.pool.held = []
+        self.reactor.advance(FLUSH_SECONDS)
+        self.store(cached, 1)
+        self.pool.run()
+        self.assertEqual([0], self.present(self.open()))
+        self.reactor.advance(FLUSH_SECONDS)
+        self.assertEqual([0, 1], self.present(self.open()))
+
+    def test_an_idle_blob_has_no_timer(self) -> None:
+        cached = self.open()
+        self.store(cached, 0)
+        self.reactor.advance(FLUSH_SECONDS)
+        self.assertEqual([], self.reactor.getDelayedCalls())
+
+    def test_close_leaves_no_timer_and_no_open_file(self) -> None:
+        cached = self.open()
+        self.store(cached, 0)
+        self.successResultOf(cached.close())
+        self.assertEqual([], self.reactor.getDelayedCalls())
+        self.assertRaises(OSError, os.fstat, cached.fd)
+
+    def test_after_close_nothing_is_there_and_nothing_is_stored(self) -> None:
+        cached = self.open()
+        self.store(cached, 0)
+        self.pool.held = []
+        cached.close()
+        self.assertEqual([], self.present(cached))
+        self.assertFalse(cached.store(1, [DATA[CHUNK : 2 * CHUNK]]))
+        self.pool.run()
+
+    def test_a_chunk_in_thousands_of_pieces_is_stored(self) -> None:
+        data = blob(8192)
+        cached = open_cached(self.path, data, chunk_size=8192)
+        self.assertTrue(cached.store(0, [data[n : n + 1] for n in range(8192)]))
+        self.assertEqual(data, os.pread(cached.fd, 8192, 0))
+
+
+class ShareTests(CacheCase):
+    """Two processes, each with the file open by itself."""
+
+    def test_each_sees_what_the_other_marked_when_it_flushes(self) -> None:
+        ours, theirs = self.open(), self.open()
+        self.store(ours, 0, 1)
+        self.store(theirs, 1, 4)
+        self.successResultOf(ours.flush())
+        self.successResultOf(theirs.flush())
+        self.assertEqual([0, 1, 4], self.present(theirs))
+        self.store(ours, 2)
+        self.successResultOf(ours.flush())
+        self.assertEqual([0, 1, 2, 4], self.present(ours))
+
+    def test_no_flush_takes_a_mark_of_the_other_back(self) -> None:
+        ours, theirs = self.open(), self.open()
+        self.store(ours, 0)
+        self.store(theirs, 5)
+        self.successResultOf(ours.close())
+        self.successResultOf(theirs.close())
+        self.assertEqual([0, 5], self.present(self.open()))
+
+    def test_a_damaged_file_is_replaced_under_its_user_without_harm(self) -> None:
+        ours = self.open()
+        self.store(ours, 0)
+        self.successResultOf(ours.flush())
+        size = self.file().stat().st_size
+        with self.file().open("r+b") as file:
+            file.seek(size - COUNT)
+            file.write(b"\x7f")
+        theirs = self.open()
+        self.assertEqual([], self.present(theirs))
+        self.assertEqual(DATA[:CHUNK], os.pread(ours.fd, CHUNK, 0))
+        self.store(ours, 1)
+        self.successResultOf(ours.close())
+        self.assertEqual([], self.present(self.open()))
+
+
+class DamageTests(CacheCase):
+    def damage(self, offset: int, data: bytes) -> None:
+        cached = self.open()
+        self.store(cached, *range(COUNT - 1))
+        self.successResultOf(cached.close())
+        with self.file().open("r+b") as file:
+            file.seek(offset, os.SEEK_END if offset < 0 else os.SEEK_SET)
+            file.write(data)
+
+    def assert_dropped(self) -> None:
+        self.assertEqual([], self.present(self.open()))
+        self.assertEqual(1, len(self.logged(LogLevel.warn)))
+        self.assertTrue(all(byte == 0 for byte in self.file().read_bytes()[: len(DATA)]))
+
+    def test_a_file_with_a_damaged_header_is_dropped(self) -> None:
+        header = -(-len(DATA) // 4096) * 4096
+        for offset in (0, 8, 10, 12, 16, 24, 90):
+            self.damage(header + offset, b"\xff")
+            self.events.clear()
+            self.assert_dropped()
+
+    def test_a_file_with_a_map_that_is_none_is_dropped(self) -> None:
+        self.damage(-1, b"\x01")
+        self.assert_dropped()
+
+    def test_a_file_that_was_verified_but_is_not_complete_is_dropped(self) -> None:
+        self.damage(-(-len(DATA) // 4096) * 4096 + 255, b"\xc5")
+        self.assert_dropped()
+
+    def test_a_file_of_another_size_is_dropped(self) -> None:
+        self.damage(0, b"")
+        os.truncate(self.file(), 100)
+        self.assert_dropped()
+
+    def test_a_file_with_other_chunks_is_dropped(self) -> None:
+        self.damage(0, b"")
+        open_cached(self.path, DATA, chunk_size=2 * CHUNK)
+        self.assertEqual(1, len(self.logged(LogLevel.warn)))
+
+
+class DiskTests(CacheCase):
+    def test_a_full_disk_is_said_once_and_so_is_its_end(self) -> None:
+        cached = self.open()
+        self.patch(blobfile, "os", BrokenSystem("pwritev"))
+        for chunk in range(3):
+            self.assertFalse(cached.store(chunk, [b"x" * CHUNK]))
+        self.assertEqual([], self.present(cached))
+        self.assertEqual(1, len(self.logged(LogLevel.error)))
+        self.patch(blobfile, "os", os)
+        self.store(cached, 0, 1)
+        self.assertEqual(1, len(self.logged(LogLevel.info)))
+
+    def test_a_short_write_goes_on_where_it_stopped(self) -> None:
+        class ShortWrites(BrokenSystem):
+            def pwritev(self, fd: int, pieces: list[bytes], offset: int) -> int:
+                return os.pwrite(fd, b"".join(pieces)[:100], offset)
+
+        cached = self.open()
+        self.patch(blobfile, "os", ShortWrites())
+        self.store(cached, 0)
+        self.assertEqual(DATA[:CHUNK], os.pread(cached.fd, CHUNK, 0))
+
+    def test_chunks_that_could_not_be_synced_are_there_no_more(self) -> None:
+        cached = self.open()
+        self.store(cached, 0)
+        self.successResultOf(cached.flush())
+        self.store(cached, 1, 2)
+        self.patch(blobfile, "os", BrokenSystem("fdatasync", code=errno.EIO))
+        self.successResultOf(cached.flush())
+        self.assertEqual([0], self.present(cached))
+        self.assertEqual(1, len(self.logged(LogLevel.error)))
+
+
+class VerifyTests(CacheCase):
+    def test_a_blob_is_hashed_as_soon_as_it_is_complete(self) -> None:
+        self.store(self.open(), *range(COUNT))
+        self.assertEqual(["the blob {digest} is complete, its digest is right"], self.logged(LogLevel.info))
+
+    def test_verify_waits_for_the_verification_under_way(self) -> None:
+        cached = self.open()
+        self.pool.held = []
+        self.store(cached, *range(COUNT))
+        first, second = cached.verify(), cached.verify()
+        self.assertNoResult(first)
+        self.pool.run()
+        self.successResultOf(first)
+        self.successResultOf(second)
+        self.assertEqual(1, len(self.logged(LogLevel.info)))
+
+    def test_a_verified_blob_is_not_hashed_again_by_the_next_process(self) -> None:
+        cached = self.open()
+        self.store(cached, *range(COUNT))
+        self.successResultOf(cached.close())
+        self.events.clear()
+        again = self.open()
+        self.assertTrue(again.chunks.complete)
+        self.successResultOf(again.verify())
+        self.assertEqual([], self.logged(LogLevel.info))
+
+    def test_a_complete_blob_that_nobody_verified_is_when_it_is_opened(self) -> None:
+        cached = self.open()
+        self.patch(blobfile, "os", BrokenSystem("preadv", code=errno.EIO))
+        self.store(cached, *range(COUNT))
+        self.successResultOf(cached.close())
+        self.patch(blobfile, "os", os)
+        self.events.clear()
+        self.open()
+        self.assertEqual(1, len(self.logged(LogLevel.info)))
+
+    def test_an_incomplete_blob_cannot_be_verified(self) -> None:
+        self.failureResultOf(self.open().verify(), ReadError)
+
+    def test_wrong_bytes_poison_the_blob_and_drop_its_file(self) -> None:
+        cached = self.open(digest=digest_of(DATA))
+        self.store(cached, *range(COUNT - 1))
+        self.assertTrue(cached.store(COUNT - 1, [b"x" * 100]))
+        self.assertIsInstance(cached.error, CorruptBlob)
+        self.assertEqual([], self.present(cached))
+        self.assertEqual(1, len(self.logged(LogLevel.critical)))
+        self.assertFalse(self.file().exists())
+        self.failureResultOf(cached.verify(), CorruptBlob)
+        self.assertFalse(cached.store(0, [DATA[:CHUNK]]))
+        self.successResultOf(cached.close())
+
+    def test_the_one_who_asked_hears_of_wrong_bytes(self) -> None:
+        cached = self.open()
+        self.pool.held = []
+        for chunk in range(COUNT):
+            cached.store(chunk, [bytes(cached.chunking.length(chunk))])
+        asked = cached.verify()
+        self.pool.run()
+        self.failureResultOf(asked, CorruptBlob)
+
+    def test_a_poisoned_blob_does_not_take_its_successors_file_along(self) -> None:
+        cached = self.open()
+        self.pool.held = []
+        for chunk in range(COUNT):
+            cached.store(chunk, [bytes(cached.chunking.length(chunk))])
+        self.file().unlink()
+        self.file().write_bytes(b"of another process")
+        self.pool.run()
+        self.assertTrue(self.file().exists())
+
+    def test_close_gives_up_a_verification_under_way(self) -> None:
+        cached = self.open()
+        self.pool.held = []
+        self.store(cached, *range(COUNT))
+        asked = cached.verify()
+        closed = cached.close()
+        self.pool.run()
+        self.failureResultOf(asked, ReadError)
+        self.successResultOf(closed)
+
+    def test_an_empty_blob_is_complete(self) -> None:
+        cached = self.open(b"")
+        self.assertTrue(cached.chunks.complete)
+        self.successResultOf(cached.verify())
