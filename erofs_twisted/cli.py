@@ -30,7 +30,6 @@ from erofs_twisted.state.journal import Journal, daemon_runs
 from erofs_twisted.state.records import Status
 
 POLL = 0.02
-UMOUNT_TIMEOUT = 30.0
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -126,12 +125,16 @@ def wait(mountpoint: str, timeout: float, state_dir: str | None) -> None:
     while True:
         record = journal.read(path)
         if record is not None:
-            if record.status is Status.READY and _is_mounted(path):
+            alive = daemon_runs(record)
+            if alive and record.status is Status.READY and _is_mounted(path):
                 return
-            if not daemon_runs(record):
-                journal.forget(path)
+            if not alive:
+                if not record.device:
+                    journal.forget(path)
                 raise MountError(
-                    record.reason or f"the daemon of {path} (process {record.pid}) died without a word"
+                    record.reason
+                    or f"the daemon of {path} (process {record.pid}) was killed; "
+                    f"'erofs-nbd umount {path}' clears away what it left"
                 )
         if time.monotonic() >= deadline:
             if record is None:
@@ -147,31 +150,10 @@ def wait(mountpoint: str, timeout: float, state_dir: str | None) -> None:
 @takes("state-dir")
 def umount(mountpoint: str, lazy: bool, state_dir: str | None) -> None:
     """Unmount MOUNTPOINT and wait until its device and its daemon have gone."""
-    from erofs_twisted.mount.mountpoint import Mountpoint
-    from erofs_twisted.mount.pool import SystemCallPool
+    from erofs_twisted.unmounting import unmount
 
-    path = os.path.realpath(mountpoint)
     journal = Journal(read_state_dir({"state-dir": state_dir}))
-    record = journal.read(path)
-    if record is None:
-        raise MountError(f"{path}: no mount of erofs-nbd is on record in {journal.state_dir} (--state-dir)")
-
-    async def unmount(reactor: Any) -> None:
-        pool = SystemCallPool(reactor)
-        try:
-            await Mountpoint(reactor, pool, path).unmount(lazy=lazy)
-        finally:
-            await pool.stop()
-
-    _run(unmount)
-    if lazy:
-        return
-    deadline = time.monotonic() + UMOUNT_TIMEOUT
-    while daemon_runs(record):
-        if time.monotonic() >= deadline:
-            raise MountError(f"{path} is unmounted, but its daemon (process {record.pid}) has not ended")
-        time.sleep(POLL)
-    journal.forget(path)
+    _run(lambda reactor: unmount(reactor, journal, os.path.realpath(mountpoint), lazy))
 
 
 def _is_mounted(path: str) -> bool:

@@ -14,7 +14,6 @@ from erofs_twisted.options import ImageConfig
 from erofs_twisted.registry.manifest import ResolvedImage
 from erofs_twisted.registry.store import open_store
 
-
 WIDTH = 240
 """Columns: the longest media type, a SHA-512 digest, and the rest."""
 

@@ -54,7 +54,7 @@ IMAGE_OPTIONS = (
     Option("username", "NAME", "user at the registry; goes with --password-file"),
     Option("password-file", "PATH", "file that holds the password or token; - is standard input"),
     Option("plain-http", None, "speak HTTP without TLS to the registry (loopback hosts: always)"),
-    Option("oci", "KEY=VALUE,…", "platform=, layer=, username= and password= in one, as mount.erofs has it"),
+    Option("oci", "KEY=VALUE,…", "platform=, layer=, username= and password= in one, as mkfs.erofs has it"),
     Option("cache-dir", "DIR", "where fetched blocks are kept [/var/cache/erofs-twisted]"),
     Option("io-timeout", "SECONDS", "how long a read is retried before it fails with EIO [120]"),
 )
@@ -72,7 +72,11 @@ MOUNT_OPTIONS = (
     Option("nbd-io-timeout", "MS", "the block layer's queue/io_timeout of the device [1000]"),
     Option("nbd-timeout", "SECONDS", "the driver's request timeout; 0: none, a slow reply hurts nobody [0]"),
     Option("nbd-dead-conn-timeout", "SECONDS", "how long the kernel keeps reads of a dead daemon [300]"),
-    Option("nbd-backend-identifier", "TEXT", "names the device's server to the kernel [the layer's digest]"),
+    Option(
+        "nbd-backend-identifier",
+        "TEXT",
+        "names the device's server to the kernel [the layer's media type and digest]",
+    ),
     Option("nbd-read-ahead", "KIB", "the device's read_ahead_kb [1024]"),
     Option("nbd-max-request", "KIB", "the device's max_sectors_kb [1024]"),
 )

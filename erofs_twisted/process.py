@@ -16,8 +16,8 @@ import attrs
 
 
 def on_stop_signal(reactor: Any, stop: Callable[[str], None]) -> None:
-    """Call ``stop`` with the signal's name, in the reactor's thread, for each SIGTERM and SIGINT, once the
-    reactor runs.
+    """Call ``stop`` with the signal's name, in the reactor's thread, for each SIGTERM, SIGINT and SIGHUP,
+    once the reactor runs.
 
     Twisted's own handlers stop the reactor at once and let the process die by the signal. A mount has to be
     taken down first, and after that the end is an orderly one, with exit status 0.
@@ -27,8 +27,8 @@ def on_stop_signal(reactor: Any, stop: Callable[[str], None]) -> None:
         reactor.callFromThread(stop, signal.Signals(number).name)
 
     def install() -> None:
-        signal.signal(signal.SIGTERM, received)
-        signal.signal(signal.SIGINT, received)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, received)
 
     reactor.callWhenRunning(install)
 

@@ -123,6 +123,7 @@ class MountService(Service):
         undo.push_async_callback(pool.stop)
         mountpoint = Mountpoint(reactor, pool, config.mountpoint)
         await mountpoint.check(make=config.mkdir)
+        state.update(backend="", device="")  # of a daemon that was killed: not mounted any more
         undo.push_async_callback(mountpoint.remove_if_made)
         connector = await choose_connector(
             config.attach,

@@ -72,6 +72,11 @@ class NBDDriver:
             _disconnect(index)
             raise
 
+    def find(self, path: str) -> Attached:
+        """The device of the node at ``path`` as it is now, whoever attached it."""
+        name = Path(path).name
+        return Attached(int(name.removeprefix("nbd")), path, _connection(Path("/sys/block", name)), False)
+
     def detach(self, attached: Attached) -> None:
         """Disconnect, and wait until the driver has freed the device. Nothing to do where somebody else
         disconnected it. Raises `MountError` where something still has it open."""

@@ -57,7 +57,7 @@ class FuseConnector:
         return Deferred.fromCoroutine(self._attach(export, server))
 
     async def _attach(self, export: IExport, server: INBDServer) -> IBlockDevice:
-        await in_thread(self._reactor, self._pool, _clear_away, self._runtime_dir)
+        await in_thread(self._reactor, self._pool, clear_away, self._runtime_dir)
         async with AsyncExitStack() as undo:
             directory = self._make_directory(undo)
             socket, file = str(directory / "socket"), str(directory / "image")
@@ -203,7 +203,7 @@ def _unmount(file: str) -> None:
             time.sleep(POLL)
 
 
-def _clear_away(runtime_dir: str) -> None:
+def clear_away(runtime_dir: str) -> None:
     """Unmount and remove what daemons that were killed left behind, but for what is mounted still."""
     for directory in Path(runtime_dir).glob(f"{PREFIX}*"):
         with contextlib.suppress(OSError):  # in use: by a living daemon, or a mount

@@ -72,6 +72,11 @@ class Mountpoint:
         keep it. Raises `Busy`, or another `MountError`."""
         await in_thread_to_its_end(self._reactor, self._pool, _unmount, self.path, self._mount_id, lazy)
 
+    async def source(self) -> str | None:
+        """What is mounted here, on top; None where nothing is."""
+        there = mount_at(await in_thread(self._reactor, self._pool, _mounts), self.path)
+        return there.source if there is not None else None
+
     async def holders(self) -> list[Holder]:
         """The processes that use what is mounted here."""
         return await in_thread(self._reactor, self._pool, _holders, self.path)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import attrs
+from twisted.logger import Logger
 
 from erofs_twisted.errors import MountError
 from erofs_twisted.state.records import MountRecord, RecordError, Status, record_name
@@ -67,12 +68,15 @@ class Journal:
 
     state_dir: Path
 
+    log = Logger()
+
     def claim(self, mountpoint: str, image: str) -> MountState:
         """Begin a mount: its directory, locked, with a record that says 'starting'.
 
+        Where the daemon before was killed, the record still names its device, for that may be mounted yet.
         Raises `MountError` where another daemon serves that mount point or the directory cannot be made.
         """
-        path = self._path(mountpoint)
+        path = self.directory(mountpoint)
         try:
             lock = self._lock(path)
         except OSError as error:
@@ -88,7 +92,13 @@ class Journal:
             ) from error
         started = process_started(os.getpid())
         assert started is not None, "this process runs"
-        record = MountRecord(mountpoint=mountpoint, image=image, pid=os.getpid(), pid_started=started)
+        record = MountRecord(
+            mountpoint=mountpoint,
+            image=image,
+            pid=os.getpid(),
+            pid_started=started,
+            **self._inherited(mountpoint),
+        )
         state = MountState(path, lock, record)
         state.update()
         return state
@@ -96,7 +106,7 @@ class Journal:
     def read(self, mountpoint: str) -> MountRecord | None:
         """The record of a mount; None where there is none. Raises `RecordError` where it is damaged."""
         try:
-            return MountRecord.from_json((self._path(mountpoint) / RECORD).read_bytes())
+            return MountRecord.from_json((self.directory(mountpoint) / RECORD).read_bytes())
         except FileNotFoundError:
             return None
         except PermissionError as error:
@@ -106,13 +116,22 @@ class Journal:
 
     def forget(self, mountpoint: str) -> None:
         """Drop what a daemon that has ended left of a mount. Raises OSError where a daemon still holds it."""
-        path = self._path(mountpoint)
+        path = self.directory(mountpoint)
         with contextlib.suppress(FileNotFoundError):
             lock = self._lock(path, make=False)
             shutil.rmtree(path, ignore_errors=True)
             os.close(lock)
 
-    def _path(self, mountpoint: str) -> Path:
+    def _inherited(self, mountpoint: str) -> dict[str, Any]:
+        try:
+            before = self.read(mountpoint)
+        except RecordError as error:
+            self.log.warn("the record of {path} is replaced: {error}", path=mountpoint, error=error)
+            return {}
+        return {} if before is None else {"backend": before.backend, "device": before.device}
+
+    def directory(self, mountpoint: str) -> Path:
+        """The mount's own directory, whether it is there or not."""
         return self.state_dir / record_name(mountpoint)
 
     def _lock(self, path: Path, make: bool = True) -> int:

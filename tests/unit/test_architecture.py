@@ -90,7 +90,7 @@ FLOORS: dict[int, list[str]] = {
         "process",
     ],
     2: ["image"],
-    3: ["service", "inspection", "serving"],
+    3: ["service", "inspection", "serving", "unmounting"],
     4: ["tap", "cli"],
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}

@@ -54,7 +54,7 @@ class StopSignalTests(SynchronousTestCase):
     )
 
     def test_a_signal_is_a_request_and_the_exit_status_is_our_own(self) -> None:
-        for name in ("SIGTERM", "SIGINT"):
+        for name in ("SIGTERM", "SIGINT", "SIGHUP"):
             done = run(self.program.format(name=name))
             self.assertEqual((0, f"{name}\n"), (done.returncode, done.stdout), done.stderr)
 

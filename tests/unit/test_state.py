@@ -108,6 +108,24 @@ class JournalTests(SynchronousTestCase):
         self.addCleanup(self.journal.claim("/mnt", "b").release)
         self.assertEqual(("b", ""), (self.journal.read("/mnt").image, self.journal.read("/mnt").reason))
 
+    def test_the_device_of_a_daemon_that_was_killed_stays_on_record(self) -> None:
+        killed = self.journal.claim("/mnt", "a")
+        killed.update(status=Status.READY, backend="nbd", device="/dev/nbd7")
+        os.close(killed._lock)
+        self.journal.claim("/mnt", "b").release("/mnt is a mount point already")
+        record = self.journal.read("/mnt")
+        self.assertEqual(
+            (Status.FAILED, "b", "nbd", "/dev/nbd7"),
+            (record.status, record.image, record.backend, record.device),
+        )
+
+    def test_a_damaged_record_is_replaced(self) -> None:
+        self.journal.claim("/mnt", "a").release("no such image")
+        (self.journal.directory("/mnt") / "record.json").write_text("{")
+        self.assertRaises(RecordError, self.journal.read, "/mnt")
+        self.addCleanup(self.journal.claim("/mnt", "b").release)
+        self.assertEqual("b", self.journal.read("/mnt").image)
+
     def test_what_a_daemon_holds_cannot_be_forgotten(self) -> None:
         self.addCleanup(self.journal.claim("/mnt", "a").release)
         self.assertRaises(OSError, self.journal.forget, "/mnt")

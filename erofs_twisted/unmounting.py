@@ -1,0 +1,69 @@
+"""The end of a mount, asked for from outside its daemon; also of one whose daemon was killed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from twisted.internet.task import deferLater
+from twisted.python.threadpool import ThreadPool
+
+from erofs_twisted.device.driver import NBDDriver
+from erofs_twisted.device.fuse import clear_away
+from erofs_twisted.errors import MountError
+from erofs_twisted.mount.mountpoint import Mountpoint
+from erofs_twisted.mount.pool import SystemCallPool
+from erofs_twisted.state.journal import Journal, daemon_runs
+from erofs_twisted.state.records import MountRecord, Status
+from erofs_twisted.syscalls import in_thread
+
+PATIENCE = 30.0
+"""Seconds that a daemon has, once its mount has gone, to give its device back and end."""
+
+POLL = 0.02
+
+
+async def unmount(reactor: Any, journal: Journal, path: str, lazy: bool = False) -> None:
+    """Unmount ``path``, and wait until device and daemon have gone; with ``lazy`` the daemon stays as long as
+    something uses the mount. Raises `MountError`; `erofs_twisted.mount.mountpoint.Busy` names the users."""
+    record = journal.read(path)
+    if record is None:
+        raise MountError(f"{path}: no mount of erofs-nbd is on record in {journal.state_dir} (--state-dir)")
+    alive = daemon_runs(record)
+    if record.status is Status.FAILED and not alive and not record.device:
+        journal.forget(path)
+        raise MountError(f"{path} was not mounted: {record.reason}")
+    pool = SystemCallPool(reactor)
+    try:
+        mountpoint = Mountpoint(reactor, pool, path)
+        # A device that is still mounted here is still the one on record, and not another's on the same index.
+        if alive:
+            await mountpoint.unmount(lazy=lazy)
+        elif await mountpoint.source() == record.device:
+            await mountpoint.unmount(lazy=lazy)
+            await _clear_device(reactor, pool, journal, record)
+    finally:
+        await pool.stop()
+    if not lazy:
+        await _until_ended(reactor, record)
+    if not daemon_runs(record):
+        journal.forget(path)
+
+
+async def _clear_device(reactor: Any, pool: ThreadPool, journal: Journal, record: MountRecord) -> None:
+    """Take back the device of a daemon that was killed. Reads that still wait for it fail."""
+    if record.backend == "nbd":
+        driver = NBDDriver()
+        attached = await in_thread(reactor, pool, driver.find, record.device)
+        await in_thread(reactor, pool, driver.detach, attached)
+    elif record.backend == "fuse":
+        await in_thread(reactor, pool, clear_away, str(journal.directory(record.mountpoint)))
+
+
+async def _until_ended(reactor: Any, record: MountRecord) -> None:
+    deadline = reactor.seconds() + PATIENCE
+    while daemon_runs(record):
+        if reactor.seconds() >= deadline:
+            raise MountError(
+                f"{record.mountpoint} is unmounted, but its daemon (process {record.pid}) has not ended"
+            )
+        await deferLater(reactor, POLL)
