@@ -1,0 +1,366 @@
+"""The programs of the project, run as a user runs them, and what must be left of them afterwards: nothing."""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import functools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import attrs
+from twisted.trial.unittest import SynchronousTestCase
+
+from erofs_twisted.mount.mountinfo import Mount, mount_at, parse_mountinfo
+from erofs_twisted.state.journal import Journal
+from erofs_twisted.state.records import MountRecord, Status
+from tests.scenery import scenery
+
+PROJECT = Path(__file__).resolve().parents[1]
+BIN = Path(sys.executable).parent
+PATIENCE = 60.0
+"""Seconds: User-Mode Linux needs several for each start of Python."""
+
+PR_SET_CHILD_SUBREAPER = 36
+
+Found = TypeVar("Found")
+
+
+@attrs.define
+class FaultRegistry:
+    """`tests.faultregistry` with the layout of `tests.scenery`, a process that lives as long as this one."""
+
+    port: int = 0
+    _process: subprocess.Popen[str] = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.faultregistry", str(scenery().layout)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=PROJECT,
+        )
+        self.port = self._read()["port"]
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def image(self, repository: str, tag: str = "lz4") -> str:
+        """The name of an image in a repository of that name, which needs no other preparation."""
+        return f"127.0.0.1:{self.port}/{repository}:{tag}"
+
+    def set(self, repository: str, *faults: Mapping[str, Any], user: str = "") -> None:
+        """What requests to a repository meet from now on; ``user`` is ``NAME:PASSWORD``."""
+        self._tell(repository=repository, faults=faults, user=user)
+
+    def requests(self, repository: str) -> list[dict[str, Any]]:
+        """Those that came for a repository: the kind, the reference and the range of each."""
+        return list(self._tell(requests=repository)["requests"])
+
+    def go_down(self) -> None:
+        """End every connection, and refuse new ones."""
+        self._tell(up=False)
+
+    def come_back(self) -> None:
+        self._tell(up=True)
+
+    def end(self) -> None:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.stdout.close()
+        self._process.wait()
+
+    def _tell(self, **command: Any) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        print(json.dumps(command), file=self._process.stdin, flush=True)
+        return self._read()
+
+    def _read(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        return dict(json.loads(self._process.stdout.readline()))
+
+
+@functools.cache
+def registry() -> FaultRegistry:
+    """The registry of this process."""
+    started = FaultRegistry()
+    atexit.register(started.end)
+    return started
+
+
+@functools.cache
+def adopt_orphans() -> None:
+    """Become the parent of whatever our children leave behind, daemons too: so their exit status can be had,
+    and none can be overlooked."""
+    if ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
+        raise OSError("prctl(PR_SET_CHILD_SUBREAPER) failed")
+
+
+def children() -> set[int]:
+    """The children of this process that still run."""
+    listed = " ".join(path.read_text() for path in Path("/proc/self/task").glob("*/children"))
+    return {pid for pid in map(int, listed.split()) if not _ended(pid)}
+
+
+def descendants(pid: int) -> set[int]:
+    """A process, and those below it."""
+    listed = " ".join(path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children"))
+    return {pid}.union(*(descendants(child) for child in map(int, listed.split())))
+
+
+def _ended(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except FileNotFoundError:
+        return True
+
+
+def nbd_devices_in_use() -> set[str]:
+    return {path.parent.name for path in Path("/sys/block").glob("nbd*/pid")}
+
+
+def mounts() -> list[Mount]:
+    return parse_mountinfo(Path("/proc/self/mountinfo").read_bytes())
+
+
+def until(what: str, look: Callable[[], Found], patience: float = PATIENCE) -> Found:
+    """Look again and again until there is something to see."""
+    deadline = time.monotonic() + patience
+    while not (found := look()):
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not within {patience:g} s: {what}")
+        time.sleep(0.02)
+    return found
+
+
+def run(*command: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run a program to its end, with its output, whatever its status."""
+    return subprocess.run(
+        [str(word) for word in command],
+        **{"capture_output": True, "text": True, "timeout": PATIENCE, "stdin": subprocess.DEVNULL, **options},
+    )
+
+
+@attrs.define(eq=False)
+class Daemon:
+    """One ``twistd erofs-nbd``, with a directory of its own for all that it writes."""
+
+    directory: Path
+    image: str
+    options: Sequence[str]
+    foreground: bool = False
+    environment: Mapping[str, str] = attrs.field(factory=dict)
+    pid: int = attrs.field(init=False, default=0)
+    cache_dir: Path = attrs.field(init=False)
+    _status: int | None = attrs.field(init=False, default=None)
+
+    def __attrs_post_init__(self) -> None:
+        self.cache_dir = self.directory / "cache"
+        for name in ("target", "tmp"):
+            (self.directory / name).mkdir(parents=True, exist_ok=True)
+
+    @property
+    def mountpoint(self) -> Path:
+        return self.directory / "target"
+
+    @property
+    def state_dir(self) -> Path:
+        return self.directory / "state"
+
+    @property
+    def pidfile(self) -> Path:
+        return self.directory / "twistd.pid"
+
+    @property
+    def log(self) -> str:
+        path = self.directory / "log"
+        return path.read_text(errors="replace") if path.exists() else ""
+
+    def command(self) -> list[str]:
+        return [
+            str(BIN / "twistd"),
+            *(["-n"] if self.foreground else []),
+            f"--pidfile={self.pidfile}",
+            f"--logfile={self.directory / 'log'}",
+            "erofs-nbd",
+            *("--image", self.image, "--mountpoint", str(self.mountpoint)),
+            *("--cache-dir", str(self.cache_dir), "--state-dir", str(self.state_dir)),
+            *self.options,
+        ]
+
+    def start(self) -> None:
+        """Start it, as a daemon or in the foreground; it goes on by itself."""
+        environment = {**os.environ, "TMPDIR": str(self.directory / "tmp"), **self.environment}
+        if self.foreground:
+            self.pid = subprocess.Popen(
+                self.command(), env=environment, stdin=subprocess.DEVNULL, stderr=subprocess.STDOUT,
+                stdout=subprocess.DEVNULL, cwd=self.directory, start_new_session=True,
+            ).pid  # fmt: skip
+        else:
+            started = run(*self.command(), env=environment, cwd=self.directory)
+            if started.returncode != 0:
+                raise AssertionError(f"twistd: status {started.returncode}\n{started.stdout}{started.stderr}")
+            self.pid = int(self.pidfile.read_text())
+
+    def record(self) -> MountRecord | None:
+        return Journal(self.state_dir).read(str(self.mountpoint))
+
+    def ready(self) -> MountRecord:
+        """Once it is mounted: what it says of itself."""
+
+        def look() -> MountRecord | None:
+            record = self.record()
+            if self.status() is not None:
+                raise AssertionError(f"it ended with status {self.status()}:\n{self.log}")
+            return record if record and record.status is Status.READY else None
+
+        return until(f"mount of {self.image}", look)
+
+    def says(self, text: str) -> str:
+        """Once it has logged a line with ``text``: that line."""
+        return until(f"{text!r} in the log", lambda: self._logged(text))
+
+    def _logged(self, text: str) -> str:
+        return next((line for line in self.log.splitlines() if text in line), "")
+
+    def status(self) -> int | None:
+        """Its exit status; None while it runs."""
+        if self._status is None and self.pid:
+            pid, waited = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self._status = os.waitstatus_to_exitcode(waited)
+        return self._status
+
+    def ended(self, patience: float = PATIENCE) -> int:
+        """Its exit status, once it has ended."""
+        try:
+            until("end of the daemon", lambda: self.status() is not None, patience)
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.log}") from None
+        assert self._status is not None
+        return self._status
+
+    def signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def erofs_nbd(self, command: str, *more: str) -> subprocess.CompletedProcess[str]:
+        """``erofs-nbd wait`` or ``umount`` of its mount point."""
+        return run(BIN / "erofs-nbd", command, self.mountpoint, "--state-dir", self.state_dir, *more)
+
+    def memory(self, field: str) -> int:
+        """``VmRSS`` or ``VmHWM``, in bytes, of the process and those below it."""
+        total = 0
+        for pid in descendants(self.pid):
+            lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+            total += next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+        return total * 1024
+
+    def kill(self) -> None:
+        """Whatever it takes, for a test that has failed."""
+        if self.pid and self.status() is None:
+            self.signal(signal.SIGKILL)
+            self.ended()
+
+
+class DaemonTestCase(SynchronousTestCase):
+    """Has a registry, and starts daemons that must have left nothing when the test ends."""
+
+    attach = "auto"
+
+    def setUp(self) -> None:
+        if os.geteuid() != 0:
+            self.fail("mount(2) takes root: run these tests as root")
+        adopt_orphans()
+        self.registry = registry()
+        # Short: there will be sockets below it.
+        self.directory = Path(tempfile.mkdtemp(prefix="daemon-"))
+        self._children_before = children()
+        self._devices_before = nbd_devices_in_use()
+        self._daemons: list[Daemon] = []
+        self.addCleanup(self._clean_up)
+
+    def daemon(self, image: str, *options: str, name: str = "d", **more: Any) -> Daemon:
+        """One that has not been started."""
+        if "--attach" not in options:
+            options = (*options, "--attach", self.attach)
+        daemon = Daemon(self.directory / name, image, options, **more)
+        self._daemons.append(daemon)
+        return daemon
+
+    def start(self, image: str, *options: str, **more: Any) -> Daemon:
+        daemon = self.daemon(image, *options, **more)
+        daemon.start()
+        return daemon
+
+    def mounted(self, image: str, *options: str, **more: Any) -> Daemon:
+        """One whose mount is ready."""
+        daemon = self.start(image, *options, **more)
+        daemon.ready()
+        return daemon
+
+    def assert_same(self, expected: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+        """The differences of two dictionaries, not the dictionaries."""
+        differences = {key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key)}
+        self.assertEqual({}, {key: (expected.get(key), found.get(key)) for key in sorted(differences)[:5]})
+
+    def assert_nothing_left(self, *ended: Daemon) -> None:
+        """Of daemons that have ended, only their caches and their logs are there."""
+        self.assertEqual([], [mount.path for mount in mounts() if mount.path.startswith(str(self.directory))])
+        self.assertEqual(self._devices_before, nbd_devices_in_use())
+        self.assertEqual(self._children_before, children() - {d.pid for d in self._daemons if d not in ended})
+        self.assertEqual([], self._sockets())
+        for daemon in ended:
+            self.assertEqual([], _names(daemon.state_dir))
+            self.assertEqual([], _names(daemon.directory / "tmp"))
+            self.assertLessEqual(set(_names(daemon.directory)), {"cache", "log", "state", "target", "tmp"})
+
+    def assert_ends_well(self, daemon: Daemon) -> None:
+        """It ends by itself, with status 0, and leaves nothing."""
+        self.assertEqual(0, daemon.ended(), daemon.log)
+        self.assertNotIn("Traceback", daemon.log)
+        self.assert_nothing_left(daemon)
+
+    def _sockets(self) -> list[str]:
+        lines = Path("/proc/net/unix").read_text().splitlines()
+        return [line for line in lines if str(self.directory) in line]
+
+    def _clean_up(self) -> None:
+        """After a failure too, the next test shall find a clean machine."""
+        for mount in reversed(mounts()):
+            if mount.path.startswith(str(self.directory)):
+                run("umount", "-l", mount.path)
+        for daemon in self._daemons:
+            if daemon.pid and daemon.status() is None:
+                daemon.signal(signal.SIGTERM)
+                daemon.signal(signal.SIGTERM)
+                try:
+                    daemon.ended(10)
+                except AssertionError:
+                    daemon.kill()
+        for pid in children() - self._children_before:
+            os.kill(pid, signal.SIGKILL)
+        shutil.rmtree(self.directory)
+
+
+def _names(directory: Path) -> list[str]:
+    return sorted(os.listdir(directory)) if directory.is_dir() else []
+
+
+def mount_of(daemon: Daemon) -> Mount | None:
+    return mount_at(mounts(), os.path.realpath(daemon.mountpoint))
+
+
+def words(lines: Iterable[str]) -> str:
+    """Text without its line breaks, to look for a phrase in it."""
+    return " ".join(" ".join(lines).split())
