@@ -135,7 +135,7 @@ class MountService(Service):
         undo.push_async_callback(server.stop)
         self._raise_if_stopped()
         device = await connector.attach(image.export, server)
-        undo.push_async_callback(device.detach)
+        undo.push_async_callback(self._give_back, device, state)
         self._raise_if_stopped()
         await self._mount(mountpoint, device, image)
         undo.push_async_callback(self._until_released, device)
@@ -157,6 +157,10 @@ class MountService(Service):
             seconds=reactor.seconds() - began,
         )
         return mountpoint, device
+
+    async def _give_back(self, device: IBlockDevice, state: MountState) -> None:
+        await device.detach()
+        state.update(backend="", device="")
 
     async def _mount(self, mountpoint: Mountpoint, device: IBlockDevice, image: OpenImage) -> None:
         # mount(2) cannot be cancelled, but it reads the device.

@@ -294,3 +294,4 @@ class InUseTests(MountServiceTestCase):
         self.assertEqual(["unmount lazily", *STOPPED[1:]], self.world.events[5:])
         self.assert_ended(1)
         self.assertIn("disconnected by somebody else", self.record().reason)
+        self.assertEqual("", self.record().device, "it was given back")
