@@ -14,10 +14,12 @@ import sys
 import time
 from pathlib import Path
 
-from tests.daemon import Daemon, DaemonTestCase, mount_of, run, until
+from tests.daemon import Daemon, DaemonTestCase, descendants, mount_of, run, until
 from tests.scenery import BIG, BIG_SIZE, contents, scenery, sha256
 
-MEBIBYTE = 1024 * 1024
+MEMORY = 80 * 1024 * 1024
+"""Bytes that a daemon may take, with those that it has started."""
+
 HOLD = "import sys; held = open(sys.argv[1], 'rb'); print(flush=True); sys.stdin.read()"
 """A program that keeps a file open until its standard input ends."""
 
@@ -225,6 +227,63 @@ class MountTests(DaemonTestCase):
         self.assert_whole(daemon.mountpoint)
         daemon.signal(signal.SIGTERM)
         self.assert_ends_well(daemon)
+
+    def test_two_images_are_mounted_at_once(self) -> None:
+        daemons = [self.start(self.registry.image("both", tag), name=tag) for tag in ("plain", "lz4")]
+        for daemon in daemons:
+            daemon.ready()
+        self.assertEqual(2, len({daemon.ready().device for daemon in daemons}))
+        for daemon in daemons:
+            self.assert_whole(daemon.mountpoint)
+        for daemon in daemons:
+            daemon.signal(signal.SIGTERM)
+        self.assertEqual([0, 0], [daemon.ended() for daemon in daemons])
+        self.assert_nothing_left(*daemons)
+
+    def test_memory_stays_small_however_much_is_read(self) -> None:
+        daemon = self.mounted(self.registry.image("memory", "plain"))
+        for _ in range(3):
+            self.assert_whole(daemon.mountpoint)
+            drop_caches()
+        self.assertLess(daemon.memory("VmHWM"), MEMORY)
+        daemon.signal(signal.SIGTERM)
+        self.assert_ends_well(daemon)
+
+    def test_a_password_is_shown_to_nobody(self) -> None:
+        password = "correct-horse-battery"
+        self.registry.set("private", user=f"alice:{password}")
+        daemon = self.mounted(
+            self.registry.image("private", "plain"), "--oci", f"username=alice,password={password}"
+        )
+        self.assert_whole(daemon.mountpoint)
+        shown = {path: Path(path).read_bytes() for path in self.shown_by(daemon)}
+        self.assertIn(f"/proc/{daemon.pid}/cmdline", shown)
+        self.assertEqual([], [path for path, content in shown.items() if password.encode() in content])
+        daemon.signal(signal.SIGTERM)
+        self.assert_ends_well(daemon)
+        self.assertNotIn(password, daemon.log)
+
+    def shown_by(self, daemon: Daemon) -> list[str]:
+        """Whatever a daemon shows to others: of its process, of its children, and its files."""
+        processes = [
+            f"/proc/{pid}/{name}" for pid in descendants(daemon.pid) for name in ("cmdline", "environ")
+        ]
+        kept = [daemon.state_dir, daemon.directory / "tmp", daemon.directory]
+        files = [str(path) for root in kept for path in root.glob("*") if path.is_file()]
+        records = [str(path) for path in daemon.state_dir.glob("*/*.json")]
+        return [*processes, *files, *records]
+
+    def test_what_a_killed_daemon_left_is_cleared_away_by_umount(self) -> None:
+        daemon = self.mounted(self.registry.image("killed", "plain"))
+        daemon.signal(signal.SIGKILL)
+        self.assertEqual(-signal.SIGKILL, daemon.ended())
+        waited = daemon.erofs_nbd("wait")
+        self.assertEqual(1, waited.returncode)
+        self.assertIn("was killed", waited.stderr)
+        unmounted = daemon.erofs_nbd("umount")
+        self.assertEqual((0, ""), (unmounted.returncode, unmounted.stderr))
+        daemon.pidfile.unlink()
+        self.assert_nothing_left(daemon)
 
     def test_a_superblock_that_lies_about_its_root_leaves_nothing(self) -> None:
         daemon = self.start(self.registry.image("rootless", "rootless"))
