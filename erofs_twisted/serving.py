@@ -7,7 +7,9 @@ from contextlib import AsyncExitStack
 from typing import Any
 
 from twisted.internet.defer import Deferred
+from twisted.internet.error import CannotListenError
 
+from erofs_twisted.errors import MountError
 from erofs_twisted.image import open_image
 from erofs_twisted.mount.pool import SystemCallPool
 from erofs_twisted.nbd.server import NBDServer
@@ -26,6 +28,16 @@ async def serve_image(reactor: Any, config: ImageConfig, path: str, ready: Calla
         undo.push_async_callback(image.close)
         server = NBDServer(reactor)
         undo.push_async_callback(server.stop)
-        await server.listen(path, [image.export])
+        try:
+            await server.listen(path, [image.export])
+        except CannotListenError as error:
+            raise MountError(f"--socket {path}: {_reason(error.socketError)}") from error
+        except OSError as error:
+            raise MountError(f"--socket {path}: {_reason(error)}") from error
         ready(f"serving {config.reference} ({image.resolved.digest}), {image.export.size} bytes, on {path}")
         await Deferred()
+
+
+def _reason(error: Exception) -> str:
+    """Python refuses a path that is too long by itself, with a message and no errno."""
+    return getattr(error, "strerror", None) or str(error)
