@@ -44,9 +44,8 @@ class CommandTestCase(SynchronousTestCase):
 
 class InspectTests(CommandTestCase):
     def test_json_has_all_that_is_known_of_an_image(self) -> None:
-        done = self.erofs_nbd(
-            "inspect", self.registry.image("app", "index"), "--platform", "linux/arm64", "--json"
-        )
+        image = self.registry.image("app", "index")
+        done = self.erofs_nbd("inspect", image, "--platform", "linux/arm64", "--json")
         self.assertEqual((0, ""), (done.returncode, done.stderr))
         plain = scenery().layers["plain"]
         found = json.loads(done.stdout)
