@@ -1,9 +1,10 @@
-"""This process as the system sees it: its signals, its exit status, its command line."""
+"""This process as a whole: its signals, its exit status, its command line, its garbage."""
 
 from __future__ import annotations
 
 import atexit
 import ctypes
+import gc
 import os
 import signal
 import sys
@@ -66,3 +67,15 @@ def conceal_arguments(secrets: list[str]) -> None:
         while found >= 0:
             ctypes.memset(start + found, ord("*"), len(secret))
             found = arguments.find(secret, found + len(secret))
+
+
+def put_off_collections() -> None:
+    """Until `resume_collections`. Imports make many objects and no garbage; to look through them all for it,
+    again and again, is a good part of what they cost."""
+    gc.disable()
+
+
+def resume_collections() -> None:
+    """Collect garbage again, of what is made from now on: modules and classes are there to stay."""
+    gc.freeze()
+    gc.enable()

@@ -24,7 +24,7 @@ from erofs_twisted.mount.pool import SystemCallPool
 from erofs_twisted.mount.watch import MountWatch
 from erofs_twisted.nbd.server import NBDServer
 from erofs_twisted.options import MountConfig
-from erofs_twisted.process import ExitStatus, on_stop_signal
+from erofs_twisted.process import ExitStatus, on_stop_signal, resume_collections
 from erofs_twisted.state.journal import Journal, MountState
 from erofs_twisted.state.records import Status
 
@@ -100,6 +100,7 @@ class MountService(Service):
             state = Journal(config.state_dir).claim(config.mountpoint, str(config.image.reference))
             async with AsyncExitStack() as undo:
                 mountpoint, device = await self._start(undo, state)
+                resume_collections()
                 await self._serve(mountpoint, device, state)
         except Stopped:
             self.log.info("stopped before {path} was mounted", path=config.mountpoint)

@@ -15,7 +15,7 @@ from erofs_twisted.options import (
     passwords_on_command_line,
     read_mount_config,
 )
-from erofs_twisted.process import ExitStatus, conceal_arguments
+from erofs_twisted.process import ExitStatus, conceal_arguments, put_off_collections
 
 OPTIONS = (*MOUNT_OPTIONS[:2], *IMAGE_OPTIONS, *MOUNT_OPTIONS[2:])
 
@@ -70,6 +70,7 @@ class Options(usage.Options):
 
 def makeService(options: Options) -> IService:
     """Build the service; nothing is opened until it starts, for twistd forks in between."""
+    put_off_collections()
     from twisted.internet import reactor
 
     from erofs_twisted.service import MountService

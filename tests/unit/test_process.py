@@ -74,3 +74,17 @@ class ConcealTests(SynchronousTestCase):
 
     def test_without_a_secret_the_arguments_stay(self) -> None:
         self.assertIn("--oci=username=me", run(self.program, "", "--oci=username=me").stdout)
+
+
+class CollectionTests(SynchronousTestCase):
+    program = (
+        "import gc\n"
+        "from erofs_twisted.process import put_off_collections, resume_collections\n"
+        "put_off_collections()\n"
+        "print(gc.isenabled(), gc.get_freeze_count() > 0)\n"
+        "resume_collections()\n"
+        "print(gc.isenabled(), gc.get_freeze_count() > 0)\n"
+    )
+
+    def test_collections_are_put_off_and_then_spare_what_was_imported(self) -> None:
+        self.assertEqual("False False\nTrue True\n", run(self.program).stdout)
