@@ -37,6 +37,7 @@ kernel: setup
 
 bench: setup
 	$(PYTHON) -m benchmarks.nbd_throughput
+	$(PYTHON) -m benchmarks.cached_reads
 	$(PYTHON) -m benchmarks.startup
 
 docs: setup
