@@ -27,7 +27,7 @@ check: setup
 
 unit: setup
 	$(PYTHON) -m pytest -q tests/unit
-	.venv/bin/trial tests.unit
+	.venv/bin/trial --reporter=text tests.unit
 
 integration: setup
 	$(PYTHON) -m pytest -q tests/integration
