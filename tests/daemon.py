@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -107,16 +107,19 @@ def adopt_orphans() -> None:
         raise OSError("prctl(PR_SET_CHILD_SUBREAPER) failed")
 
 
-def children() -> set[int]:
-    """The children of this process that still run."""
-    listed = " ".join(path.read_text() for path in Path("/proc/self/task").glob("*/children"))
-    return {pid for pid in map(int, listed.split()) if not _ended(pid)}
+def children(pid: int | str = "self") -> set[int]:
+    """The children of a process that still run."""
+    return {child for child in _children(pid) if not _ended(child)}
 
 
 def descendants(pid: int) -> set[int]:
-    """A process, and those below it."""
+    """A process, and those below it that still run."""
+    return {pid}.union(*map(descendants, children(pid)))
+
+
+def _children(pid: int | str) -> set[int]:
     listed = " ".join(path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children"))
-    return {pid}.union(*(descendants(child) for child in map(int, listed.split())))
+    return set(map(int, listed.split()))
 
 
 def _ended(pid: int) -> bool:
@@ -285,7 +288,7 @@ class DaemonTestCase(SynchronousTestCase):
         self.registry = registry()
         # Short: there will be sockets below it.
         self.directory = Path(tempfile.mkdtemp(prefix="daemon-"))
-        self._children_before = children()
+        self._children_before = _children("self")
         self._devices_before = nbd_devices_in_use()
         self._daemons: list[Daemon] = []
         self.addCleanup(self._clean_up)
@@ -318,7 +321,8 @@ class DaemonTestCase(SynchronousTestCase):
         """Of daemons that have ended, only their caches and their logs are there."""
         self.assertEqual([], [mount.path for mount in mounts() if mount.path.startswith(str(self.directory))])
         self.assertEqual(self._devices_before, nbd_devices_in_use())
-        self.assertEqual(self._children_before, children() - {d.pid for d in self._daemons if d not in ended})
+        running = {daemon.pid for daemon in self._daemons if daemon not in ended}
+        self.assertEqual(set(), children() - self._children_before - running)
         self.assertEqual([], self._sockets())
         for daemon in ended:
             self.assertEqual([], _names(daemon.state_dir))
@@ -348,8 +352,10 @@ class DaemonTestCase(SynchronousTestCase):
                     daemon.ended(10)
                 except AssertionError:
                     daemon.kill()
-        for pid in children() - self._children_before:
+        for pid in _children("self") - self._children_before:
+            # One that is left over, or an orphan that has ended, for which nobody else waits.
             os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
         shutil.rmtree(self.directory)
 
 
@@ -359,8 +365,3 @@ def _names(directory: Path) -> list[str]:
 
 def mount_of(daemon: Daemon) -> Mount | None:
     return mount_at(mounts(), os.path.realpath(daemon.mountpoint))
-
-
-def words(lines: Iterable[str]) -> str:
-    """Text without its line breaks, to look for a phrase in it."""
-    return " ".join(" ".join(lines).split())
