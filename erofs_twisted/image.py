@@ -134,12 +134,9 @@ class OpenImage:
         await self._store.close()
 
 
-async def open_image(reactor: Any, pool: ThreadPool, config: ImageConfig) -> OpenImage:
-    """Resolve an image, choose its layer, and check the layer's superblock, read through the data path.
-
-    Raises `LayerError`, `SuperblockError`, or what the registry's client raises; then nothing is left open.
-    """
-    store = open_store(
+def store_of(reactor: Any, pool: ThreadPool, config: ImageConfig) -> IImageStore:
+    """Where an image lies, with what we are given to get at it."""
+    return open_store(
         reactor,
         config.reference,
         credentials=config.credentials,
@@ -147,6 +144,14 @@ async def open_image(reactor: Any, pool: ThreadPool, config: ImageConfig) -> Ope
         io_timeout=config.io_timeout,
         pool=pool,
     )
+
+
+async def open_image(reactor: Any, pool: ThreadPool, config: ImageConfig) -> OpenImage:
+    """Resolve an image, choose its layer, and check the layer's superblock, read through the data path.
+
+    Raises `LayerError`, `SuperblockError`, or what the registry's client raises; then nothing is left open.
+    """
+    store = store_of(reactor, pool, config)
     try:
         resolved = await store.resolve(config.platform)
         layer = choose_layer(resolved, config.layer)

@@ -8,11 +8,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from erofs_twisted.image import is_erofs
+from erofs_twisted.image import is_erofs, store_of
 from erofs_twisted.mount.pool import SystemCallPool
 from erofs_twisted.options import ImageConfig
 from erofs_twisted.registry.manifest import ResolvedImage
-from erofs_twisted.registry.store import open_store
 
 WIDTH = 240
 """Columns: the longest media type, a SHA-512 digest, and the rest."""
@@ -22,14 +21,7 @@ async def resolve(reactor: Any, config: ImageConfig) -> ResolvedImage:
     """Ask the image's origin. Raises what its store raises."""
     pool = SystemCallPool(reactor)
     try:
-        store = open_store(
-            reactor,
-            config.reference,
-            credentials=config.credentials,
-            plain_http=config.plain_http,
-            io_timeout=config.io_timeout,
-            pool=pool,
-        )
+        store = store_of(reactor, pool, config)
         try:
             resolved: ResolvedImage = await store.resolve(config.platform)
             return resolved

@@ -7,17 +7,18 @@ machine has, compares every file with its source, and leaves nothing behind. Nee
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import subprocess
 import sys
 import sysconfig
 import tempfile
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
+from pack import pack
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -35,7 +36,8 @@ def main() -> None:
     with ExitStack() as undo:
         work = Path(undo.enter_context(tempfile.TemporaryDirectory(prefix="erofs-twisted-demo-")))
         source = Path(sysconfig.get_path("stdlib"))
-        size, files = make_layout(source, work / "layout")
+        size = pack(source, work / "layout", "latest")["size"]
+        files = sorted(regular_files(source))
         step(f"made an EROFS image of {source}: {len(files)} files, {mb(size)}")
         port = serve(work / "layout", undo)
         image = f"127.0.0.1:{port}/demo/stdlib:latest"
@@ -45,40 +47,11 @@ def main() -> None:
         unmount(work)
 
 
-def make_layout(source: Path, layout: Path) -> tuple[int, list[Path]]:
-    """An OCI layout with one image of one EROFS layer; its size in bytes, and the regular files in it."""
-    image = layout.with_suffix(".erofs")
-    run("mkfs.erofs", "-zlz4hc", image, source)
-    blobs = layout / "blobs" / "sha256"
-    blobs.mkdir(parents=True)
-
-    def add(data: bytes, media_type: str) -> dict[str, Any]:
-        digest = hashlib.sha256(data).hexdigest()
-        (blobs / digest).write_bytes(data)
-        return {"mediaType": media_type, "digest": f"sha256:{digest}", "size": len(data)}
-
-    def add_json(value: dict[str, Any], media_type: str) -> dict[str, Any]:
-        return add(json.dumps(value).encode(), media_type)
-
-    layer = add(image.read_bytes(), "application/vnd.erofs")
-    image.unlink()
-    config = add_json({"os": "linux", "architecture": "amd64"}, "application/vnd.oci.image.config.v1+json")
-    manifest = add_json(
-        {
-            "schemaVersion": 2,
-            "mediaType": "application/vnd.oci.image.manifest.v1+json",
-            "config": config,
-            "layers": [layer],
-        },
-        "application/vnd.oci.image.manifest.v1+json",
-    )
-    manifest["annotations"] = {"org.opencontainers.image.ref.name": "latest"}
-    (layout / "index.json").write_text(json.dumps({"schemaVersion": 2, "manifests": [manifest]}))
-    (layout / "oci-layout").write_text('{"imageLayoutVersion": "1.0.0"}')
-    files = [
-        path.relative_to(source) for path in source.rglob("*") if path.is_file() and not path.is_symlink()
-    ]
-    return layer["size"], sorted(files)
+def regular_files(tree: Path) -> Iterator[Path]:
+    """Their paths, from ``tree`` on."""
+    for path in tree.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            yield path.relative_to(tree)
 
 
 def serve(layout: Path, undo: ExitStack) -> int:
