@@ -78,7 +78,6 @@ class Serving:
     def lost(self) -> None:
         """The client is gone: withdraw from everything that was started for it. Idempotent."""
         self._over = self._blocked = True
-        self._replies.clear()
         self._cancel()
 
     def shut_down(self) -> None:
@@ -115,10 +114,12 @@ class Serving:
             )
             self.lost()
             self._transport.abortConnection()
-            return
         finally:
             self._serving = False
-        self._flush()
+        if not self._over:
+            self._flush()
+        if self._over:
+            return
         if self._draining and not self._pending:
             self._finish()
         else:

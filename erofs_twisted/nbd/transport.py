@@ -26,6 +26,8 @@ TURN = 4 << 20
 SEND_BUFFER = 1 << 20
 """Bytes that the kernel is asked to hold for the peer: with few, each piece wakes up both sides."""
 
+_SO_SNDBUFFORCE = 32  # <asm-generic/socket.h>; the socket module has no name for it
+
 
 class ISpanTransport(ITransport):
     """A transport that takes spans of files too."""
@@ -62,7 +64,7 @@ class SpanTransport(FileDescriptor):
     ) -> None:
         super().__init__(reactor)
         sock.setblocking(False)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+        _set_send_buffer(sock)
         self.socket = sock
         self.protocol = protocol
         self.connected = 1
@@ -219,3 +221,10 @@ class SpanTransport(FileDescriptor):
         else:
             self._queue[0] = FileSpan(span.fd, span.offset + sent, span.length - sent)
         return sent
+
+
+def _set_send_buffer(sock: socket.socket) -> None:
+    try:  # with CAP_NET_ADMIN, beyond the limit of net.core.wmem_max
+        sock.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, SEND_BUFFER)
+    except PermissionError:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)

@@ -192,6 +192,14 @@ class StopTests(ServerTests):
         await self.server.stop(0.05)
         self.assertEqual([Reply(1, WireError.ESHUTDOWN)], simple_replies(await receive(kernel), {}))
 
+    async def test_stopping_lets_a_client_take_the_replies_that_it_is_owed(self) -> None:
+        kernel, _ = self.adopted(BytesExport(bytes(16 << 20)))
+        kernel.sendall(read(0, 16 << 20))
+        await deferLater(reactor, 0.02)
+        stopped = Deferred.fromCoroutine(self.server.stop(0))
+        self.assertEqual(16 + (16 << 20), len(await receive(kernel)))
+        await stopped
+
     async def test_stopping_does_not_wait_for_a_client_that_takes_no_replies(self) -> None:
         self.patch(module, "CLOSE", 0.05)
         big = BytesExport(bytes(32 << 20))

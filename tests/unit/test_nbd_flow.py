@@ -116,6 +116,18 @@ class EndTests(SynchronousTestCase):
         client = Client.kernel(BytesExport(CONTENT))
         client.protocol.shut_down()
         self.assertTrue(client.is_closed)
+        client.send(read(0, 16))
+        self.assertEqual(b"", client.received())
+
+    def test_a_connection_lost_during_a_read_has_no_more_replies(self) -> None:
+        class Last(BytesExport):
+            def read(self, offset: int, length: int) -> list[Segment]:
+                client.protocol.connectionLost(Failure(ConnectionLost()))
+                return super().read(offset, length)
+
+        client = Client.kernel(Last(CONTENT))
+        client.send(*reads(3), request(Command.DISC))
+        self.assertEqual(b"", client.received())
 
     def test_shutting_down_during_the_handshake_refuses_options_until_withdrawn(self) -> None:
         client = Client.haggling([BytesExport(CONTENT)])
@@ -205,6 +217,13 @@ class ReentrancyTests(SynchronousTestCase):
         many = [read(0, 65536, cookie=each) for each in range(8)]
         client.send(*many)
         self.assertEqual([0, 1], [reply.cookie for reply in client.replies(*many)])
+
+    def test_a_connection_lost_during_the_last_write_is_not_closed_once_more(self) -> None:
+        client = _watched(
+            BytesExport(CONTENT), lambda _: client.protocol.connectionLost(Failure(ConnectionLost()))
+        )
+        client.send(read(0, 16), request(Command.DISC))
+        self.assertFalse(client.is_closed)
 
     def test_a_connection_lost_during_a_write_ends_the_requests_that_follow(self) -> None:
         client = _watched(
