@@ -6,6 +6,7 @@ import os
 import socket
 import stat
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from twisted.internet import reactor
@@ -34,15 +35,20 @@ def receive(sock: socket.socket, length: int | None = None) -> Deferred[bytes]:
     """Off the reactor's thread: that many bytes, or all until the end."""
 
     def blocking() -> bytes:
-        taken = b""
+        taken = bytearray()
         while length is None or len(taken) < length:
             piece = sock.recv(65536 if length is None else length - len(taken))
             if not piece:
                 break
             taken += piece
-        return taken
+        return bytes(taken)
 
     return deferToThread(blocking)
+
+
+async def until(happened: Callable[[], object]) -> None:
+    while not happened():
+        await deferLater(reactor, 0.001)
 
 
 class ServerTests(TestCase):
@@ -101,8 +107,7 @@ class AdoptTests(ServerTests):
         export = SlowExport(CONTENT)
         kernel, lost = self.adopted(export)
         kernel.sendall(b"".join(read(0, 512, cookie=cookie) for cookie in range(300)))
-        while len(export.reads) < 256:
-            await deferLater(reactor, 0.001)
+        await until(lambda: len(export.reads) == 256)
         kernel.close()
         await lost
         self.assertEqual(256, export.cancelled)
@@ -166,7 +171,7 @@ class StopTests(ServerTests):
         kernel, lost = self.adopted(BytesExport(CONTENT))
         started = reactor.seconds()
         await self.server.stop(10)
-        self.assertLess(reactor.seconds() - started, 0.9)
+        self.assertLess(reactor.seconds() - started, 5)
         self.assertIsNone(self.successResultOf(lost))
         self.assertEqual(b"", await receive(kernel))
 
@@ -174,8 +179,7 @@ class StopTests(ServerTests):
         export = SlowExport(CONTENT)
         kernel, _ = self.adopted(export)
         kernel.sendall(read(0, 512))
-        while not export.reads:
-            await deferLater(reactor, 0.001)
+        await until(lambda: export.reads)
         stopped = Deferred.fromCoroutine(self.server.stop(10))
         kernel.sendall(read(0, 512, cookie=2))
         refusal = simple_replies(await receive(kernel, 16), {})
@@ -186,18 +190,20 @@ class StopTests(ServerTests):
         self.assertEqual(CONTENT[:512], (await receive(kernel))[16:])
 
     async def test_stopping_waits_no_longer_for_the_export_than_it_was_told(self) -> None:
-        kernel, _ = self.adopted(SlowExport(CONTENT))
+        export = SlowExport(CONTENT)
+        kernel, _ = self.adopted(export)
         kernel.sendall(read(0, 512))
-        await deferLater(reactor, 0.02)
+        await until(lambda: export.reads)
         await self.server.stop(0.05)
         self.assertEqual([Reply(1, WireError.ESHUTDOWN)], simple_replies(await receive(kernel), {}))
 
     async def test_stopping_lets_a_client_take_the_replies_that_it_is_owed(self) -> None:
+        self.patch(module, "CLOSE", 20)
         kernel, _ = self.adopted(BytesExport(bytes(16 << 20)))
         kernel.sendall(read(0, 16 << 20))
-        await deferLater(reactor, 0.02)
+        await receive(kernel, 16)
         stopped = Deferred.fromCoroutine(self.server.stop(0))
-        self.assertEqual(16 + (16 << 20), len(await receive(kernel)))
+        self.assertEqual(16 << 20, len(await receive(kernel)))
         await stopped
 
     async def test_stopping_does_not_wait_for_a_client_that_takes_no_replies(self) -> None:
@@ -205,7 +211,7 @@ class StopTests(ServerTests):
         big = BytesExport(bytes(32 << 20))
         kernel, lost = self.adopted(big)
         kernel.sendall(b"".join(read(0, 32 << 20, cookie=cookie) for cookie in range(4)))
-        await deferLater(reactor, 0.05)
+        await receive(kernel, 16)
         await self.server.stop(0.05)
         self.assertIsNone(self.successResultOf(lost))
 
