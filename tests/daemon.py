@@ -240,7 +240,11 @@ class Daemon:
     def status(self) -> int | None:
         """Its exit status; None while it runs."""
         if self._status is None and self.pid:
-            pid, waited = os.waitpid(self.pid, os.WNOHANG)
+            try:
+                pid, waited = os.waitpid(self.pid, os.WNOHANG)
+            except ChildProcessError:
+                # Not ours yet: its parent, the first of twistd's two forks, is about to end.
+                return None
             if pid:
                 self._status = os.waitstatus_to_exitcode(waited)
         return self._status
