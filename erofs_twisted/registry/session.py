@@ -1,4 +1,4 @@
-"""GET within a registry: with its authorization, through its redirects, and never one with the other."""
+"""Requests to a registry: with its authorization, through its redirects, and never one with the other."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from erofs_twisted.registry.urls import Origin, redacted, resolve_location
 
 MAX_REDIRECTS = 10
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
+VERBATIM_REDIRECTS = frozenset({307, 308})
+"""Those that ask for the same request elsewhere, body and all (RFC 9110, section 15.4)."""
 
 
 @attrs.frozen
@@ -37,18 +39,26 @@ class Session:
     _plain_http: bool = False
 
     async def get(self, url: str, headers: Mapping[str, str], seconds: float) -> Answer:
-        """The answer to a GET, of whatever status but a redirect; ``seconds`` is for each request on the way.
+        """`request` with GET."""
+        return await self.request("GET", url, headers, seconds)
+
+    async def request(
+        self, method: str, url: str, headers: Mapping[str, str], seconds: float, body: bytes = b""
+    ) -> Answer:
+        """The answer to a request, whatever its status, once its redirects were followed; ``seconds`` is for
+        each request on the way. What is no GET follows only those redirects that keep method and body.
 
         The registry's authorization goes to the registry's own origin only; what that refuses is tried once
         more with a new token. Raises `TransferFailed`, `AccessDenied`.
         """
         start = url
+        redirects = REDIRECTS if method == "GET" else VERBATIM_REDIRECTS
         for _ in range(MAX_REDIRECTS + 1):
             if Origin.of(url) == self.origin:
-                response = await self._get_from_registry(url, headers, seconds)
+                response = await self._ask_registry(method, url, headers, seconds, body)
             else:
-                response = await self.transport.get(url, headers, seconds)
-            if response.code not in REDIRECTS:
+                response = await self.transport.request(method, url, headers, seconds, body)
+            if response.code not in redirects:
                 return Answer(response, url, url != start)
             await discard(response, self.transport.clock, seconds)
             url = self._target(response, url)
@@ -63,9 +73,12 @@ class Session:
             return AccessDenied(f"{error} (wrong user name or password, or not this user's image)")
         return AccessDenied(f"{error} (does the image exist? is it private: --username and --password-file)")
 
-    async def _get_from_registry(self, url: str, headers: Mapping[str, str], seconds: float) -> IResponse:
+    async def _ask_registry(
+        self, method: str, url: str, headers: Mapping[str, str], seconds: float, body: bytes
+    ) -> IResponse:
+        ask = self.transport.request
         used = await self._authorizer.authorization()
-        response = await self.transport.get(url, _authorized(headers, used), seconds)
+        response = await ask(method, url, _authorized(headers, used), seconds, body)
         expired = response.code == 403 and used is not None and used.startswith("Bearer ")
         if response.code != 401 and not expired:
             return response
@@ -73,7 +86,7 @@ class Session:
         await discard(response, self.transport.clock, seconds)
         await self._authorizer.renew(challenges, used)
         renewed = await self._authorizer.authorization()
-        return await self.transport.get(url, _authorized(headers, renewed), seconds)
+        return await ask(method, url, _authorized(headers, renewed), seconds, body)
 
     def _target(self, response: IResponse, url: str) -> str:
         location = response.headers.getRawHeaders("Location", [""])[0]

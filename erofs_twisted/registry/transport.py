@@ -1,4 +1,4 @@
-"""HTTP as a registry's client needs it: GET, no redirects, no decoding, and a limit of time."""
+"""HTTP as a registry's client needs it: no redirects, no decoding, bodies in memory, and a limit of time."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Any
 import attrs
 from hyperlink import EncodedURL
 from treq.client import HTTPClient
-from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.defer import CancelledError, Deferred, succeed
 from twisted.internet.defer import TimeoutError as TimedOut
+from twisted.internet.interfaces import IConsumer
 from twisted.internet.task import deferLater
 from twisted.python.failure import Failure
 from twisted.web.client import (
@@ -84,6 +85,28 @@ class IdentityAgent:
         return response
 
 
+@implementer(IBodyProducer)
+class BytesProducer:
+    """A body that is in memory, handed over at once. Twisted's own producer wants the global reactor."""
+
+    def __init__(self, body: bytes) -> None:
+        self.length = len(body)
+        self._body = body
+
+    def startProducing(self, consumer: IConsumer) -> Deferred[None]:
+        consumer.write(self._body)
+        return succeed(None)
+
+    def pauseProducing(self) -> None:
+        """Nothing is left to pause."""
+
+    def resumeProducing(self) -> None:
+        """Nothing is left to resume."""
+
+    def stopProducing(self) -> None:
+        """Nothing is left to stop."""
+
+
 @attrs.frozen
 class Transport:
     """Connections to a registry, its token server and its CDN, kept open between requests."""
@@ -110,14 +133,21 @@ class Transport:
         return cls(clock, HTTPClient(IdentityAgent(agent)))
 
     async def get(self, url: str, headers: Mapping[str, str], seconds: float) -> IResponse:
-        """The answer to one GET, whatever its status, within ``seconds``; its body is yet to be read.
+        """`request` with GET."""
+        return await self.request("GET", url, headers, seconds)
+
+    async def request(
+        self, method: str, url: str, headers: Mapping[str, str], seconds: float, body: bytes = b""
+    ) -> IResponse:
+        """The answer to one request, whatever its status, within ``seconds``; its body is yet to be read.
 
         Who gets the answer must receive, discard or abandon its body. Raises `TransferFailed`.
         """
         answer = self._client.request(
-            "GET",
+            method,
             _VerbatimURL.from_text(url),
             headers=Headers({"User-Agent": [USER_AGENT], **{name: [text] for name, text in headers.items()}}),
+            data=BytesProducer(body) if body else None,
             allow_redirects=False,
             unbuffered=True,
             reactor=self.clock,

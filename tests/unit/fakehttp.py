@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,7 +15,7 @@ from twisted.python.failure import Failure
 from twisted.web.client import ResponseDone, ResponseFailed, ResponseNeverReceived
 from twisted.web.http import RESPONSES
 from twisted.web.http_headers import Headers
-from twisted.web.iweb import UNKNOWN_LENGTH, IAgent, IResponse
+from twisted.web.iweb import UNKNOWN_LENGTH, IAgent, IBodyProducer, IResponse
 from zope.interface import implementer
 
 from erofs_twisted.registry.transport import Transport
@@ -90,6 +91,8 @@ class FakeRequest:
 
     url: str
     headers: Mapping[str, str]
+    method: str = "GET"
+    body: bytes = b""
     answer: Deferred[Any] = attrs.field(init=False)
     is_cancelled: bool = False
     response: FakeResponse | None = None
@@ -142,14 +145,21 @@ class FakeAgent:
     requests: list[FakeRequest] = attrs.field(factory=list)
 
     def request(
-        self, method: bytes, uri: bytes, headers: Headers | None = None, bodyProducer: object = None
+        self,
+        method: bytes,
+        uri: bytes,
+        headers: Headers | None = None,
+        bodyProducer: IBodyProducer | None = None,
     ) -> Deferred[Any]:
-        assert method == b"GET"
         assert headers is not None
         flat = {
             name.decode().lower(): b", ".join(values).decode() for name, values in headers.getAllRawHeaders()
         }
-        request = FakeRequest(uri.decode(), flat)
+        body = io.BytesIO()
+        if bodyProducer is not None:
+            bodyProducer.startProducing(body)  # type: ignore[arg-type]
+            assert bodyProducer.length == len(body.getvalue())
+        request = FakeRequest(uri.decode(), flat, method.decode(), body.getvalue())
         self.requests.append(request)
         self.answer(request)
         return request.answer

@@ -7,7 +7,7 @@ import itertools
 from twisted.internet.defer import Deferred
 
 from erofs_twisted.registry.errors import RegistryError, TransferFailed
-from erofs_twisted.registry.session import Session
+from erofs_twisted.registry.session import Answer, Session
 from erofs_twisted.registry.urls import Origin
 from tests.unit.fakehttp import FakeRequest
 from tests.unit.test_registry_auth import REGISTRY, URL, AuthTests
@@ -90,4 +90,46 @@ class RedirectTests(AuthTests):
         for location in ("", "gopher://x/"):
             self.routes[URL] = location
             self.failureResultOf(self.get(), RegistryError)
+            self.assertEqual(URL, self.agent.last.url)
+
+
+class OtherMethodTests(AuthTests):
+    """What changes something goes where a GET would go, body and all, unless that would make it a GET."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.location = ""
+        self.redirection = 307
+
+    def answer(self, request: FakeRequest) -> None:
+        if request.url == URL and self.location:
+            request.respond(self.redirection, b"", Location=self.location)
+        elif request.url == self.location:
+            request.respond(201)
+        else:
+            super().answer(request)
+
+    def put(self) -> Deferred[Answer]:
+        return Deferred.fromCoroutine(self.session.request("PUT", URL, {"Content-Type": "x/y"}, 10, b"body"))
+
+    def test_a_body_is_sent_again_with_the_token_that_was_asked_for(self) -> None:
+        self.assertEqual(200, self.successResultOf(self.put()).response.code)
+        sent = [request for request in self.agent.requests if request.url == URL]
+        self.assertEqual([("PUT", b"body")] * 2, [(request.method, request.body) for request in sent])
+        self.assertEqual(["x/y"] * 2, [request.headers["content-type"] for request in sent])
+        self.assertNotIn("authorization", sent[0].headers)
+        self.assertEqual("Bearer token-1", sent[1].headers["authorization"])
+
+    def test_a_redirect_that_keeps_the_method_takes_the_body_along_and_no_authorization(self) -> None:
+        self.status()
+        self.location = "https://cdn.example/b"
+        self.successResultOf(self.put())
+        last = self.agent.last
+        self.assertEqual(("PUT", "https://cdn.example/b", b"body"), (last.method, last.url, last.body))
+        self.assertNotIn("authorization", last.headers)
+
+    def test_a_redirect_that_may_change_the_method_is_an_answer_like_any_other(self) -> None:
+        self.location = "https://cdn.example/b"
+        for self.redirection in (301, 302, 303):
+            self.assertEqual(self.redirection, self.successResultOf(self.put()).response.code)
             self.assertEqual(URL, self.agent.last.url)

@@ -270,6 +270,19 @@ class TransportTests(SynchronousTestCase):
         response = self.successResultOf(Deferred.fromCoroutine(transport.get("https://a.example/", {}, 10)))
         self.assertEqual(b"identity", self.successResultOf(read_body(response, 100, self.clock, 10)))
 
+    def test_a_real_server_receives_a_body(self) -> None:
+        class Page(Resource):
+            isLeaf = True
+
+            def render_PUT(self, request: Request) -> bytes:
+                return b"received " + request.content.read()
+
+        transport = Transport.over_agent(self.clock, RequestTraversalAgent(Page()))
+        put = transport.request("PUT", "https://a.example/", {}, 10, b"a body")
+        response = self.successResultOf(Deferred.fromCoroutine(put))
+        body = self.successResultOf(read_body(response, 100, self.clock, 10))
+        self.assertEqual(b"received a body", body)
+
 
 class StatusTests(SynchronousTestCase):
     def setUp(self) -> None:
