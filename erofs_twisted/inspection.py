@@ -9,8 +9,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from erofs_twisted.image import is_erofs, store_of
-from erofs_twisted.mount.pool import SystemCallPool
 from erofs_twisted.options import ImageConfig
+from erofs_twisted.pool import SystemCallPool
 from erofs_twisted.registry.manifest import ResolvedImage
 
 WIDTH = 240

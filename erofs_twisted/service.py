@@ -20,10 +20,10 @@ from erofs_twisted.errors import ErofsTwistedError, MountError
 from erofs_twisted.image import OpenImage, open_image
 from erofs_twisted.interfaces import IBlockDevice
 from erofs_twisted.mount.mountpoint import Busy, Mountpoint
-from erofs_twisted.mount.pool import SystemCallPool
 from erofs_twisted.mount.watch import MountWatch
 from erofs_twisted.nbd.server import NBDServer
 from erofs_twisted.options import MountConfig
+from erofs_twisted.pool import SystemCallPool
 from erofs_twisted.process import ExitStatus, on_stop_signal, resume_collections
 from erofs_twisted.state.journal import Journal, MountState
 from erofs_twisted.state.records import Status

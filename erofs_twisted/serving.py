@@ -11,9 +11,9 @@ from twisted.internet.error import CannotListenError
 
 from erofs_twisted.errors import MountError
 from erofs_twisted.image import open_image
-from erofs_twisted.mount.pool import SystemCallPool
 from erofs_twisted.nbd.server import NBDServer
 from erofs_twisted.options import ImageConfig
+from erofs_twisted.pool import SystemCallPool
 
 
 async def serve_image(reactor: Any, config: ImageConfig, path: str, ready: Callable[[str], None]) -> None:

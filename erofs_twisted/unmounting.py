@@ -11,7 +11,7 @@ from erofs_twisted.device.driver import NBDDriver
 from erofs_twisted.device.fuse import clear_away
 from erofs_twisted.errors import MountError
 from erofs_twisted.mount.mountpoint import Mountpoint
-from erofs_twisted.mount.pool import SystemCallPool
+from erofs_twisted.pool import SystemCallPool
 from erofs_twisted.state.journal import Journal, daemon_runs
 from erofs_twisted.state.records import MountRecord, Status
 from erofs_twisted.syscalls import in_thread

@@ -24,9 +24,9 @@ from erofs_twisted.errors import MountError
 from erofs_twisted.interfaces import IBlockDevice, IDeviceConnector
 from erofs_twisted.mount.mountpoint import Busy, Mountpoint
 from erofs_twisted.mount.options import MountOptions
-from erofs_twisted.mount.pool import SystemCallPool
 from erofs_twisted.mount.watch import MountWatch
 from erofs_twisted.nbd.server import NBDServer
+from erofs_twisted.pool import SystemCallPool
 from erofs_twisted.syscalls import in_thread
 from tests.exports import FileExport
 from tests.images import build_erofs

@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 ATTACH = """
 from twisted.internet import reactor
 from erofs_twisted.device.fuse import FuseConnector
-from erofs_twisted.mount.pool import SystemCallPool
+from erofs_twisted.pool import SystemCallPool
 from erofs_twisted.nbd.server import NBDServer
 from tests.exports import FileExport
 

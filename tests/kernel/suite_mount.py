@@ -17,8 +17,8 @@ from twisted.trial.unittest import TestCase
 from erofs_twisted.errors import MountError
 from erofs_twisted.mount.mountpoint import Busy, Mountpoint
 from erofs_twisted.mount.options import MountOptions
-from erofs_twisted.mount.pool import SystemCallPool
 from erofs_twisted.mount.watch import MountTable, MountWatch
+from erofs_twisted.pool import SystemCallPool
 from erofs_twisted.syscalls import in_thread
 
 Arguments = ParamSpec("Arguments")

@@ -74,6 +74,7 @@ FLOORS: dict[int, list[str]] = {
         "blocks.source",
         "blocks.fetch",
         "blocks.queue",
+        "blocks.lanes",
         "blocks.requests",
         "blocks.waiting",
         "blocks.cache",
@@ -83,6 +84,7 @@ FLOORS: dict[int, list[str]] = {
         "device.nbd",
         "device.fuse",
         "syscalls",
+        "pool",
         "device.netlink",
         "device.driver",
         "device.loop",
@@ -90,7 +92,6 @@ FLOORS: dict[int, list[str]] = {
         "device.nbdfuse",
         "mount.holders",
         "mount.mountpoint",
-        "mount.pool",
         "mount.watch",
         "state.journal",
         "options",
@@ -102,7 +103,7 @@ FLOORS: dict[int, list[str]] = {
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 ROOTS = {"", "errors", "interfaces"}
-CORRIDOR = {"syscalls"}
+CORRIDOR = {"syscalls", "pool"}
 """Of floor 1, and open to all of its rooms."""
 NO_IO = {"twisted", "treq", "socket", "os", "time", "threading", "subprocess", "asyncio", "select"}
 

@@ -11,7 +11,7 @@ from twisted.internet.defer import CancelledError, Deferred
 from twisted.logger import globalLogPublisher
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
-from erofs_twisted.mount.pool import SystemCallPool
+from erofs_twisted.pool import SystemCallPool
 from erofs_twisted.syscalls import in_thread, in_thread_to_its_end, mount, umount
 from tests.unit.threadless import HeldPool, ThreadlessReactor
 

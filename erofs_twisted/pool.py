@@ -20,13 +20,15 @@ class DaemonThread(Thread):
 
 class SystemCallPool(ThreadPool):
     """A started pool of up to ``size`` daemon threads, apart from the reactor's own pool: a call that never
-    returns takes neither DNS nor the process's exit with it."""
+    returns takes neither DNS nor the process's exit with it. ``name`` is its threads'."""
 
     log = Logger()
     threadFactory = DaemonThread
 
-    def __init__(self, reactor: Any, size: int = 4, patience: float = 10.0) -> None:
-        super().__init__(0, size, name="system-calls")
+    def __init__(
+        self, reactor: Any, size: int = 4, patience: float = 10.0, name: str = "system-calls"
+    ) -> None:
+        super().__init__(0, size, name=name)
         self._reactor = reactor
         self._patience = patience
         self.start()
@@ -40,7 +42,7 @@ class SystemCallPool(ThreadPool):
             ThreadPool.stop(self)
             self._reactor.callFromThread(ended.callback, None)
 
-        DaemonThread(target=join, name="system-calls-end").start()
+        DaemonThread(target=join, name=f"{self.name}-end").start()
         return ended.addTimeout(self._patience, self._reactor).addErrback(self._abandon)
 
     def _abandon(self, failure: Failure) -> None:
