@@ -17,8 +17,10 @@ if TYPE_CHECKING:
     from twisted.internet.defer import Deferred
     from twisted.internet.interfaces import IListeningPort
 
+    from erofs_twisted.registry.digest import Digest
     from erofs_twisted.registry.manifest import Descriptor, ResolvedImage
     from erofs_twisted.registry.platform import Platform
+    from erofs_twisted.registry.push import Artifact
 
 Delivery = Callable[[bytes], None]
 """Takes the next piece of a byte range, in order, without gaps."""
@@ -50,7 +52,9 @@ class IBlobReader(Interface):
         byte of the range exactly once, in order.
 
         Returns an awaitable that ends with None when exactly ``length`` bytes were delivered, or fails with
-        `erofs_twisted.errors.ReadError`. Cancelling it ends the transfer at once.
+        `erofs_twisted.errors.ReadError`: with `erofs_twisted.errors.RangesIgnored`, before anything was
+        delivered, where the origin gives nothing less than the whole blob. Cancelling it ends the transfer at
+        once.
         """
 
 
@@ -126,6 +130,17 @@ class IImageStore(Interface):
 
     def blob(descriptor: Descriptor) -> IBlobReader:
         """The `IBlobReader` of a layer's `erofs_twisted.registry.manifest.Descriptor`."""
+
+    def referrers(subject: Digest, artifact_type: str) -> Deferred[tuple[Descriptor, ...]]:
+        """A Deferred of the descriptors of the manifests of that type which refer to the manifest
+        ``subject``, as far as is known here. Whether they do is for the caller to check."""
+
+    def fetch(descriptor: Descriptor) -> Deferred[bytes]:
+        """A Deferred of the content of a manifest or of a small blob, compared with its digest."""
+
+    def push_referrer(image: ResolvedImage, artifact: Artifact) -> Deferred[Digest]:
+        """Add an `erofs_twisted.registry.push.Artifact` that refers to an image; a Deferred of the digest of
+        its manifest."""
 
     def close() -> Deferred[None]:
         """A Deferred of None when every connection and file is closed."""

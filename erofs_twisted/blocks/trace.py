@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Iterable
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeGuard
 
 import attrs
 
@@ -159,5 +159,5 @@ class Recorder:
         )
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)

@@ -97,6 +97,14 @@ class Authorizer:
             offered = ", ".join(dict.fromkeys(challenge.scheme for challenge in found)) or "nothing"
             raise AccessDenied(f"the registry accepts {offered:.100}, of which none is basic or bearer")
 
+    def branch(self) -> Authorizer:
+        """Another one that knows what this one knows now, for requests that may be refused: what it learns
+        from that is its own, and what it doesn't have to learn costs nothing."""
+        twin = Authorizer(self._transport, self._registry, self._scope, self._credentials)
+        twin._basic, twin._server, twin._scopes = self._basic, self._server, self._scopes
+        twin._tokens = dict(self._tokens)
+        return twin
+
     def close(self) -> None:
         """Forget the tokens, and stop fetching one that nobody waits for."""
         self._tokens.clear()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable, Coroutine
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import attrs
 from twisted.internet.defer import Deferred
@@ -17,7 +19,14 @@ from erofs_twisted.registry.body import discard, read_body
 from erofs_twisted.registry.credentials import Credentials
 from erofs_twisted.registry.digest import Digest
 from erofs_twisted.registry.errors import InvalidDigest, InvalidManifest, RegistryError, TransferFailed
-from erofs_twisted.registry.manifest import ACCEPT, MAX_MANIFEST, Descriptor, ResolvedImage
+from erofs_twisted.registry.manifest import (
+    ACCEPT,
+    INDEX_TYPES,
+    MANIFEST_TYPES,
+    MAX_MANIFEST,
+    Descriptor,
+    ResolvedImage,
+)
 from erofs_twisted.registry.platform import Platform
 from erofs_twisted.registry.reference import ImageReference
 from erofs_twisted.registry.resolution import Document, check_content, resolve_image
@@ -26,10 +35,15 @@ from erofs_twisted.registry.session import Answer, Session
 from erofs_twisted.registry.transport import Transport
 from erofs_twisted.registry.urls import Origin, redacted
 
+if TYPE_CHECKING:
+    from erofs_twisted.registry.push import Artifact
+
 ATTEMPTS = 4
 """Requests for a manifest before it is given up: at a start, somebody waits."""
 PATIENCE = 15.0
 """Seconds for each of them."""
+
+Result = TypeVar("Result")
 
 
 @implementer(IImageStore)
@@ -63,6 +77,18 @@ class RegistryStore:
         """As `IImageStore.blob`."""
         url = f"{self._base}/blobs/{descriptor.digest}"
         return BlobReader(self._session, url, descriptor, self._io_timeout, self._backoff)
+
+    def referrers(self, subject: Digest, artifact_type: str) -> Deferred[tuple[Descriptor, ...]]:
+        """As `IImageStore.referrers`; fails with a `RegistryError`."""
+        return Deferred.fromCoroutine(self._referrers(subject, artifact_type))
+
+    def fetch(self, descriptor: Descriptor) -> Deferred[bytes]:
+        """As `IImageStore.fetch`; fails with a `RegistryError`."""
+        return Deferred.fromCoroutine(self._fetch_small(descriptor))
+
+    def push_referrer(self, image: ResolvedImage, artifact: Artifact) -> Deferred[Digest]:
+        """As `IImageStore.push_referrer`; fails with a `RegistryError`."""
+        return Deferred.fromCoroutine(self._push_referrer(image, artifact))
 
     def close(self) -> Deferred[None]:
         """As `IImageStore.close`. Reads that are under way are their callers' to cancel."""
@@ -101,10 +127,53 @@ class RegistryStore:
         return Document(descriptor.digest, descriptor.media_type, data)
 
     async def _fetch(self, selector: str) -> tuple[bytes, Answer]:
+        return await self._persist(lambda: self._fetch_once(selector))
+
+    async def _referrers(self, subject: Digest, artifact_type: str) -> tuple[Descriptor, ...]:
+        from erofs_twisted.registry.referrers import list_referrers
+
+        session = self._session.apart()
+        try:
+            return await list_referrers(session, self._base, subject, artifact_type)
+        finally:
+            session.close()
+
+    async def _fetch_small(self, descriptor: Descriptor) -> bytes:
+        if descriptor.size > MAX_MANIFEST:
+            raise TransferFailed(f"{descriptor.digest} has {descriptor.size} bytes, more than {MAX_MANIFEST}")
+        if descriptor.media_type in MANIFEST_TYPES | INDEX_TYPES:
+            return (await self._fetch_described(descriptor)).data
+        session = self._session.apart()
+        try:
+            answer = await session.get(f"{self._base}/blobs/{descriptor.digest}", {}, PATIENCE)
+            if answer.response.code != 200:
+                raise await session.refusal(answer, PATIENCE)
+            data = await read_body(answer.response, descriptor.size, self._transport.clock, PATIENCE)
+        finally:
+            session.close()
+        check_content(self._reference, data, descriptor.digest, descriptor.size)
+        return data
+
+    async def _push_referrer(self, image: ResolvedImage, artifact: Artifact) -> Digest:
+        from erofs_twisted.registry.push import push_referrer
+
+        data, _ = await self._fetch(image.digest)
+        check_content(self._reference, data, image.digest, None)
+        subject = Descriptor(image.manifest.media_type, image.digest, len(data))
+        scope = f"repository:{self._reference.repository}:pull,push"
+        authorizer = Authorizer(self._transport, self._session.origin, scope, self._credentials)
+        session = attrs.evolve(self._session, authorizer=authorizer)
+        try:
+            return await self._persist(lambda: push_referrer(session, self._base, subject, artifact))
+        finally:
+            session.close()
+
+    async def _persist(self, work: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
+        """Do what may fail for a while, again and again, but not for ever."""
         attempt = 0
         while True:
             try:
-                return await self._fetch_once(selector)
+                return await work()
             except RegistryError as error:
                 attempt += 1
                 if not error.temporary or attempt == ATTEMPTS:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import attrs
-from twisted.internet.defer import Deferred, succeed
+from twisted.internet.defer import Deferred, fail, succeed
 from twisted.internet.threads import deferToThreadPool
 from twisted.python.threadpool import ThreadPool
 from zope.interface import implementer
@@ -29,6 +29,9 @@ from erofs_twisted.registry.platform import Platform
 from erofs_twisted.registry.reference import LayoutReference
 from erofs_twisted.registry.resolution import Document, check_content, resolve_image
 from erofs_twisted.registry.selection import choose_manifest
+
+if TYPE_CHECKING:
+    from erofs_twisted.registry.push import Artifact
 
 TAG_ANNOTATION = "org.opencontainers.image.ref.name"
 PIECE = 1024 * 1024
@@ -53,6 +56,24 @@ class LayoutStore:
     def blob(self, descriptor: Descriptor) -> FileBlobReader:
         """As `IImageStore.blob`."""
         return FileBlobReader(self._reactor, self._pool, self._path(descriptor.digest), descriptor)
+
+    def referrers(self, subject: Digest, artifact_type: str) -> Deferred[tuple[Descriptor, ...]]:
+        """As `IImageStore.referrers`: all of that type that are in the layout's index."""
+
+        def choose(index: Index) -> tuple[Descriptor, ...]:
+            return tuple(entry for entry in index.manifests if entry.artifact_type == artifact_type)
+
+        return self._in_thread(self._read_index).addCallback(choose)
+
+    def fetch(self, descriptor: Descriptor) -> Deferred[bytes]:
+        """As `IImageStore.fetch`; fails with a `RegistryError`."""
+        return Deferred.fromCoroutine(self._fetch(descriptor)).addCallback(lambda document: document.data)
+
+    def push_referrer(self, image: ResolvedImage, artifact: Artifact) -> Deferred[Digest]:
+        """As `IImageStore.push_referrer`; fails with `RegistryError`."""
+        return fail(
+            RegistryError(f"{self._reference} is a layout on disk, which is only read; push to a registry")
+        )
 
     def close(self) -> Deferred[None]:
         """As `IImageStore.close`: no file stays open between reads."""
@@ -93,7 +114,9 @@ class LayoutStore:
         wanted = self._reference.tag
         tags = [entry.annotations.get(TAG_ANNOTATION) for entry in index.manifests]
         entries = [
-            entry for entry, tag in zip(index.manifests, tags, strict=True) if wanted is None or tag == wanted
+            entry
+            for entry, tag in zip(index.manifests, tags, strict=True)
+            if (not entry.artifact_type if wanted is None else tag == wanted)
         ]
         known = ", ".join(dict.fromkeys(tag for tag in tags if tag)) or "none"
         if not entries:

@@ -43,7 +43,7 @@ _PLATFORM_PART = re.compile(r"[A-Za-z0-9_.-]+")
 class Descriptor:
     """What a piece of content is, and how to name it (OCI image specification, "Content Descriptors").
 
-    ``platform`` and ``os_features`` are there in an index only.
+    ``platform``, ``os_features`` and ``artifact_type`` are there in an index only.
     """
 
     media_type: str
@@ -52,6 +52,7 @@ class Descriptor:
     annotations: Mapping[str, str] = attrs.field(factory=dict)
     platform: Platform | None = None
     os_features: frozenset[str] = frozenset()
+    artifact_type: str = ""
 
     @property
     def is_attestation(self) -> bool:
@@ -63,12 +64,17 @@ class Descriptor:
 
 @attrs.frozen
 class Manifest:
-    """One image: its configuration, and its layers, the lowest first."""
+    """One image: its configuration, and its layers, the lowest first.
+
+    Or an artifact: what it is says ``artifact_type``, and what it belongs to ``subject``, if anything.
+    """
 
     media_type: str
     config: Descriptor
     layers: tuple[Descriptor, ...]
     annotations: Mapping[str, str] = attrs.field(factory=dict)
+    artifact_type: str = ""
+    subject: Descriptor | None = None
 
 
 @attrs.frozen
@@ -121,7 +127,10 @@ def parse_manifest(data: bytes, media_type: str = "") -> Manifest | Index:
         manifests = tuple(_descriptor(entry) for entry in document.children("manifests"))
         return Index(kind, manifests, document.annotations())
     layers = tuple(_descriptor(entry) for entry in document.children("layers"))
-    return Manifest(kind, _descriptor(document.child("config")), layers, document.annotations())
+    config = _descriptor(document.child("config"))
+    artifact_type = document.text("artifactType", default="")
+    subject = _descriptor(document.child("subject")) if document.value.get("subject") is not None else None
+    return Manifest(kind, config, layers, document.annotations(), artifact_type, subject)
 
 
 def load_object(data: bytes) -> Mapping[str, Any]:
@@ -170,7 +179,10 @@ def _descriptor(node: _Node) -> Descriptor:
     except InvalidDigest as error:
         raise InvalidManifest(f"{node.path}.digest: {error}") from error
     platform, features = _platform(node)
-    return Descriptor(media_type, digest, node.size("size"), node.annotations(), platform, features)
+    artifact_type = node.text("artifactType", default="")
+    return Descriptor(
+        media_type, digest, node.size("size"), node.annotations(), platform, features, artifact_type
+    )
 
 
 def _platform(node: _Node) -> tuple[Platform | None, frozenset[str]]:

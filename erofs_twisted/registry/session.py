@@ -61,8 +61,32 @@ class Session:
             if response.code not in redirects:
                 return Answer(response, url, url != start)
             await discard(response, self.transport.clock, seconds)
-            url = self._target(response, url)
+            url = self.location(response, url)
         raise TransferFailed(f"{redacted(start)}: more than {MAX_REDIRECTS} redirects")
+
+    def location(self, response: IResponse, url: str) -> str:
+        """Where the answer from ``url`` leads. Raises `TransferFailed`, `InvalidHeader`."""
+        location = response.headers.getRawHeaders("Location", [""])[0]
+        if not location:
+            raise TransferFailed(f"{redacted(url)}: a redirect to nowhere")
+        target = resolve_location(url, location)
+        if url.startswith("https:") and target.startswith("http:") and not self._plain_http:
+            raise TransferFailed(
+                f"{redacted(url)}: a redirect from https to {redacted(target)} only with --plain-http"
+            )
+        return target
+
+    @property
+    def has_credentials(self) -> bool:
+        return self._authorizer.has_credentials
+
+    def apart(self) -> Session:
+        """For requests that may be refused: what comes of that stays apart from this session. Close it."""
+        return attrs.evolve(self, authorizer=self._authorizer.branch())
+
+    def close(self) -> None:
+        """Forget the tokens."""
+        self._authorizer.close()
 
     async def refusal(self, answer: Answer, seconds: float) -> RegistryError:
         """What an answer that isn't the one wanted means, with the cure if there is one. Uses up its body."""
@@ -87,17 +111,6 @@ class Session:
         await self._authorizer.renew(challenges, used)
         renewed = await self._authorizer.authorization()
         return await ask(method, url, _authorized(headers, renewed), seconds, body)
-
-    def _target(self, response: IResponse, url: str) -> str:
-        location = response.headers.getRawHeaders("Location", [""])[0]
-        if not location:
-            raise TransferFailed(f"{redacted(url)}: a redirect to nowhere")
-        target = resolve_location(url, location)
-        if url.startswith("https:") and target.startswith("http:") and not self._plain_http:
-            raise TransferFailed(
-                f"{redacted(url)}: a redirect from https to {redacted(target)} only with --plain-http"
-            )
-        return target
 
 
 def _authorized(headers: Mapping[str, str], authorization: str | None) -> Mapping[str, str]:

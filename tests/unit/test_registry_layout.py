@@ -14,6 +14,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from zope.interface.verify import verifyObject
 
 from erofs_twisted.interfaces import IBlobReader, IImageStore
+from erofs_twisted.registry.digest import Digest
 from erofs_twisted.registry.errors import (
     BlobUnreadable,
     DigestMismatch,
@@ -23,8 +24,9 @@ from erofs_twisted.registry.errors import (
     RegistryError,
 )
 from erofs_twisted.registry.layout import PIECE, LayoutStore
-from erofs_twisted.registry.manifest import ResolvedImage
+from erofs_twisted.registry.manifest import Descriptor, ResolvedImage
 from erofs_twisted.registry.platform import Platform
+from erofs_twisted.registry.push import Artifact
 from erofs_twisted.registry.reference import LayoutReference, parse_reference
 from erofs_twisted.registry.store import open_store
 from tests.images import EROFS, OCI_LAYER, Described, Layout
@@ -106,6 +108,11 @@ class ResolveTests(LayoutTests):
         image = self.resolve("1")
         self.assertEqual((amd64["digest"], index["digest"]), (image.digest, image.index_digest))
         self.assertEqual(["linux/arm64", "linux/amd64"], [str(platform) for platform in image.platforms])
+
+    def test_an_artifact_beside_the_only_image_is_not_in_its_way(self) -> None:
+        entry = self.layout.tag(self.image(), None)
+        self.layout.tag({**self.image(b"artifact"), "artifactType": "application/thing"}, None)
+        self.assertEqual(entry["digest"], self.resolve().digest)
 
     def test_of_several_images_for_one_tag_the_platforms_is_chosen(self) -> None:
         self.layout.tag(self.image(b"a"), "1")
@@ -232,3 +239,24 @@ class OpenStoreTests(LayoutTests):
         pool: Any = self.threads
         store = open_store(self.threads, parse_reference(f"oci:{self.directory}"), pool=pool)
         self.assertIsInstance(store, LayoutStore)
+
+
+class ReferrerTests(LayoutTests):
+    def test_those_of_the_type_are_listed(self) -> None:
+        image = self.layout.tag(self.image(), "1")
+        thing = self.layout.tag({**self.image(b"thing"), "artifactType": "application/thing"}, None)
+        self.layout.tag({**self.image(b"other"), "artifactType": "application/other"}, None)
+        found = self.successResultOf(self.store().referrers(Digest(image["digest"]), "application/thing"))
+        self.assertEqual([thing["digest"]], [descriptor.digest for descriptor in found])
+
+    def test_a_small_blob_is_fetched_and_checked(self) -> None:
+        described = self.layout.blob(b"content", "application/thing")
+        descriptor = Descriptor("application/thing", Digest(described["digest"]), 7)
+        self.assertEqual(b"content", self.successResultOf(self.store().fetch(descriptor)))
+        self.path_of(described).write_bytes(b"CONTENT")
+        self.failureResultOf(self.store().fetch(descriptor), DigestMismatch)
+
+    def test_nothing_is_pushed_to_a_layout(self) -> None:
+        self.layout.tag(self.image(), "1")
+        pushed = self.store().push_referrer(self.resolve(), Artifact("application/thing", b"x"))
+        self.assertIn("push to a registry", str(self.failureResultOf(pushed, RegistryError).value))
