@@ -129,6 +129,7 @@ class Recorder:
     """
 
     def __init__(self, digest: str, size: int, chunk_size: int = CHUNK_SIZE) -> None:
+        self.size = size
         self._digest = digest
         self._chunking = Chunking(size, chunk_size)
         self._seen = ChunkMap(self._chunking.count)

@@ -54,6 +54,8 @@ FLOORS: dict[int, list[str]] = {
     1: [
         "nbd.protocol",
         "nbd.serving",
+        "nbd.pages",
+        "nbd.residency",
         "nbd.port",
         "nbd.transport",
         "nbd.server",
@@ -79,6 +81,8 @@ FLOORS: dict[int, list[str]] = {
         "blocks.waiting",
         "blocks.cache",
         "blocks.blobfile",
+        "blocks.cached",
+        "blocks.header",
         "blocks.tracefile",
         "device.connector",
         "device.nbd",
@@ -97,9 +101,10 @@ FLOORS: dict[int, list[str]] = {
         "options",
         "process",
     ],
-    2: ["image", "tracing"],
-    3: ["service", "recording", "inspection", "serving", "unmounting"],
-    4: ["tap", "cli", "trace_commands"],
+    2: ["prefetch", "prefetch.fill", "prefetch.warmup", "tracing"],
+    3: ["image"],
+    4: ["service", "recording", "inspection", "serving", "unmounting"],
+    5: ["tap", "cli", "trace_commands"],
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 ROOTS = {"", "errors", "interfaces"}
