@@ -1,52 +1,62 @@
-"""One blob's file in the cache: its bytes, sparse, then a map of the chunks that are there.
+"""One blob's file in the cache, shared by the processes that have it open.
 
-One file holds both, so that no crash can pair a map with other data. From byte 0 on it is the blob; at the
-next multiple of 4096 comes a block with a header, and after that one byte a chunk. Several processes may
-have the file open, each writes the same bytes at the same places, and none ever takes a mark back or cuts
-the file short: a file that is found damaged is unlinked, and a new one made in its place.
+Each writes the same bytes at the same places, and none cuts the file short: one that is found damaged is
+unlinked, and a new one made in its place. A chunk's mark follows its bytes at once as `FRESH`, for the
+processes of this boot, which see each other's writes in the page cache; and as `PRESENT` when the bytes are
+safe on disk. What is fresh in a file that comes from another boot is not believed.
 
-Everything here blocks, except `BlobFile.write`, which goes to the page cache.
+Everything here may block; `write`, `read_marks` and the claims go to the page cache and the kernel alone.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import stat
 import struct
-import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 
 import attrs
 
-from erofs_twisted.blocks.chunks import PRESENT, Chunking, ChunkMap
-from erofs_twisted.registry.digest import Digest
+from erofs_twisted.blocks.chunks import ABSENT, FRESH, PRESENT, ChunkMap, runs_of
+from erofs_twisted.blocks.header import (
+    BLOCK,
+    BOOT_AT,
+    POISONED_AT,
+    TRAILER_SIZE,
+    VERIFIED_AT,
+    BlobIdentity,
+    DamagedFile,
+    State,
+    find_header,
+)
 
-MAGIC = b"EROFSTWM"
-VERSION = 1
-
-_BLOCK = 4096
-_HEADER = struct.Struct("<8sHHIQ144s")
-"""Magic, version, bits of the chunk size, header's CRC-32 (computed with 0 here), blob size, digest."""
-_VERIFIED_AT = 255
+_BOOT_ID = "/proc/sys/kernel/random/boot_id"
+_FRESH = bytes((FRESH,))
+_ABSENT = bytes((ABSENT,))
+_PRESENT = bytes((PRESENT,))
 _HASH_STEP = 1024 * 1024
 _IOV_MAX = os.sysconf("SC_IOV_MAX")
-
-
-class DamagedFile(Exception):
-    """The file in the cache is not one of this blob, or not whole; it may be replaced."""
+_FLOCK = struct.Struct("@hhqqi0q")
+"""struct flock, as fcntl(2) has it with 64-bit offsets: type, whence, start, length, pid."""
 
 
 class OtherDigest(Exception):
     """The blob's bytes have another digest than they should."""
 
 
-@attrs.frozen
-class BlobIdentity:
-    """Which blob a file holds."""
+class UsedElsewhere(Exception):
+    """A process of another boot has the file open: of another host, or of a container that has its own id."""
 
-    digest: Digest
-    chunking: Chunking
+
+@attrs.frozen
+class Synced:
+    """What a sync found: the chunks that are there, and those known ones that are there no more."""
+
+    there: ChunkMap
+    lost: list[tuple[int, int]]
 
 
 @attrs.define
@@ -60,16 +70,28 @@ class BlobFile:
 
     @classmethod
     def open(cls, path: str, identity: BlobIdentity) -> tuple[BlobFile, ChunkMap]:
-        """The file and its map. Raises FileNotFoundError, `DamagedFile`, or another OSError."""
+        """The file and what is there of the blob; to be called while nobody else opens it.
+
+        Raises FileNotFoundError, `DamagedFile`, `UsedElsewhere`, or another OSError.
+        """
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
         try:
-            if not stat.S_ISREG(os.fstat(fd).st_mode) or os.fstat(fd).st_size != _file_size(identity):
+            status = os.fstat(fd)
+            if not stat.S_ISREG(status.st_mode):
+                raise DamagedFile("it is no file")
+            find_header(os.pread(fd, TRAILER_SIZE, max(status.st_size - TRAILER_SIZE, 0)))
+            if status.st_size != identity.file_size:
                 raise DamagedFile("it has another size")
-            block = os.pread(fd, _BLOCK, _header_offset(identity))
-            if not block.startswith(_header(identity)):
+            block = os.pread(fd, BLOCK, identity.header_offset)
+            if not block.startswith(identity.header()):
                 raise DamagedFile("its header is not this blob's")
-            file = cls(identity, fd, verified=block[_VERIFIED_AT] == PRESENT)
-            chunks = file.read_map()
+            state = State.of(block)
+            if state.poisoned:
+                raise DamagedFile("the blob was found to be corrupt")
+            file = cls(identity, fd, state.verified)
+            if state.boot != boot_id():
+                file._enter_boot()
+            chunks = file._there()
             if file.verified and not chunks.complete:
                 raise DamagedFile("it was verified, but is not complete")
             fcntl.flock(fd, fcntl.LOCK_SH)
@@ -83,8 +105,11 @@ class BlobFile:
         """Make the file, which does not exist yet, with nothing of the blob in it. Raises OSError."""
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
-            os.ftruncate(fd, _file_size(identity))
-            _write_fully(fd, [_header(identity)], _header_offset(identity))
+            os.ftruncate(fd, identity.file_size)
+            # A mark always finds room, so that a full disk is met where data is written.
+            os.posix_fallocate(fd, identity.header_offset, identity.file_size - identity.header_offset)
+            _write_fully(fd, [identity.new_block(boot_id())], identity.header_offset)
+            _write_fully(fd, [identity.trailer()], identity.file_size - TRAILER_SIZE)
             fcntl.flock(fd, fcntl.LOCK_SH)
         except BaseException:
             os.close(fd)
@@ -99,32 +124,84 @@ class BlobFile:
         except FileNotFoundError:
             return False
 
-    def write(self, offset: int, pieces: Sequence[bytes | memoryview]) -> None:
-        """Write a part of the blob, without a mark. Raises OSError, also for a full disk."""
-        _write_fully(self.fd, pieces, offset)
+    def check(self) -> None:
+        """Raises `DamagedFile` if the file was cut short, `OtherDigest` if another process found that."""
+        self._check_size()
+        if State.of(os.pread(self.fd, BLOCK, self.identity.header_offset)).poisoned:
+            raise OtherDigest("another process has hashed it")
 
-    def read_map(self) -> ChunkMap:
-        """The chunks that are marked on disk, by any process. Raises `DamagedFile`."""
-        count = self.identity.chunking.count
-        data = os.pread(self.fd, count, _map_offset(self.identity))
+    def write(self, chunk: int, pieces: Sequence[bytes | memoryview]) -> None:
+        """Write a whole chunk, unless a process has done so, and mark it as fresh.
+
+        Raises OSError, also for a full disk, or `DamagedFile`.
+        """
+        # Writing behind the end of a file that was cut short would fill the gap with zeros.
+        self._check_size()
+        if self.read_marks(chunk, chunk + 1) == _ABSENT:
+            _write_fully(self.fd, pieces, self.identity.chunking.start(chunk))
+            self._put_marks(chunk, _FRESH)
+
+    def read_marks(self, first: int, end: int) -> bytes:
+        """The marks of the chunks [first, end) in the file; fewer, if it was cut short. Raises OSError."""
+        return os.pread(self.fd, end - first, self.identity.marks_offset + first)
+
+    def sync(self, known: ChunkMap) -> Synced:
+        """Bring on disk what is fresh, whoever wrote it, and mark it as present.
+
+        ``known`` are the chunks that the caller took to be there.
+
+        If that fails it raises OSError, and what was fresh is there no more: after a failed sync the page
+        cache may lose it. Also raises `DamagedFile`, and then there is nothing to be done.
+        """
+        before = self._all_marks()
         try:
-            if len(data) != count:
-                raise ValueError("cut short")
-            return ChunkMap.from_bytes(data)
-        except ValueError as error:
-            raise DamagedFile(f"its map is not one ({error})") from error
+            os.fdatasync(self.fd)
+        except OSError as error:
+            self._forget_fresh_after(error)
+            raise
+        after = self._all_marks()
+        for first, end in runs_of(FRESH, before):
+            for start, stop in runs_of(FRESH, after[first:end]):
+                self._put_marks(first + start, _PRESENT * (stop - start))
+        there = ChunkMap.from_marks(after)
+        lost: list[tuple[int, int]] = []
+        if not there.complete:
+            for first, end in known.runs_present(0, len(known)):
+                lost += there.runs_missing(first, end)
+        return Synced(there, lost)
 
-    def mark(self, runs: Iterable[tuple[int, int]]) -> None:
-        """Mark chunks [first, end) that were written, once their bytes are safe on disk. Raises OSError."""
-        os.fdatasync(self.fd)
-        for first, end in runs:
-            _write_fully(self.fd, [bytes((PRESENT,)) * (end - first)], _map_offset(self.identity) + first)
+    def present(self) -> ChunkMap:
+        """The chunks that are safe on disk. Raises `DamagedFile`, or OSError."""
+        return ChunkMap.from_marks(self._all_marks(), with_fresh=False)
+
+    def claim(self, first: int, end: int) -> bool:
+        """Lock the marks of [first, end), without waiting; False if another open file has locked some.
+
+        Where the file system knows no such locks, True.
+        """
+        return self._lock(fcntl.F_WRLCK, first, end)
+
+    def release(self, first: int, end: int) -> None:
+        """Unlock the marks of [first, end)."""
+        self._lock(fcntl.F_UNLCK, first, end)
 
     def verify(self, cancelled: Callable[[], bool]) -> bool:
-        """Hash the blob, which is all there; False if ``cancelled`` said so before it was done.
+        """Hash the blob, which is all there and marked as present, unless another process has done so; False
+        if ``cancelled`` said so before it was done.
 
         Raises `OtherDigest`, or OSError.
         """
+        offset = self.identity.header_offset
+        if os.pread(self.fd, 1, offset + VERIFIED_AT) != _PRESENT:
+            if not self.hash(cancelled):
+                return False
+            os.fdatasync(self.fd)
+            _write_fully(self.fd, [_PRESENT], offset + VERIFIED_AT)
+        self.verified = True
+        return True
+
+    def hash(self, cancelled: Callable[[], bool], advance: Callable[[int], None] = lambda _: None) -> bool:
+        """As `verify`, whatever was found before, and nothing is noted. ``advance`` hears of bytes done."""
         expected, size = self.identity.digest, self.identity.chunking.size
         found = expected.hasher()
         buffer = memoryview(bytearray(min(_HASH_STEP, size)))
@@ -137,38 +214,87 @@ class BlobFile:
                 raise OtherDigest(f"the cached copy ends at byte {offset}")
             found.update(buffer[:got])
             offset += got
+            advance(got)
         if found.hexdigest() != expected.encoded:
             raise OtherDigest(f"its bytes have the digest {expected.algorithm}:{found.hexdigest()}")
-        os.fdatasync(self.fd)
-        _write_fully(self.fd, [bytes((PRESENT,))], _header_offset(self.identity) + _VERIFIED_AT)
-        self.verified = True
         return True
 
+    def poison(self) -> None:
+        """Tell the other processes that the blob has another digest than it should. Raises OSError."""
+        if os.fstat(self.fd).st_size == self.identity.file_size:
+            _write_fully(self.fd, [_PRESENT], self.identity.header_offset + POISONED_AT)
+            os.fdatasync(self.fd)
+
     def close(self) -> None:
-        """Close the file, and give back its lock."""
+        """Close the file, and give back its locks."""
         os.close(self.fd)
 
+    def _enter_boot(self) -> None:
+        """Forget what was fresh in another boot."""
+        try:
+            # A file that somebody has open is of this boot, unless other hosts use it too.
+            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsedElsewhere from None
+        self._forget_fresh()
+        os.fdatasync(self.fd)
+        _write_fully(self.fd, [boot_id()], self.identity.header_offset + BOOT_AT)
+        os.fdatasync(self.fd)
 
-def _header_offset(identity: BlobIdentity) -> int:
-    return -(-identity.chunking.size // _BLOCK) * _BLOCK
+    def _forget_fresh(self) -> None:
+        for first, end in runs_of(FRESH, self._all_marks()):
+            self._put_marks(first, _ABSENT * (end - first))
+
+    def _forget_fresh_after(self, error: OSError) -> None:
+        try:
+            self._forget_fresh()
+        except OSError as worse:
+            raise DamagedFile(f"{error}, and what may be lost of it cannot be marked ({worse})") from worse
+
+    def _put_marks(self, first: int, marks: bytes) -> None:
+        _write_fully(self.fd, [marks], self.identity.marks_offset + first)
+
+    def _there(self) -> ChunkMap:
+        return ChunkMap.from_marks(self._all_marks())
+
+    def _all_marks(self) -> bytes:
+        self._check_size()
+        marks = self.read_marks(0, self.identity.chunking.count)
+        if foreign := marks.translate(None, _ABSENT + _FRESH + _PRESENT):
+            raise DamagedFile(f"its map has the byte 0x{foreign[0]:02x}")
+        return marks
+
+    def _check_size(self) -> None:
+        if os.fstat(self.fd).st_size != self.identity.file_size:
+            raise DamagedFile("it was cut short")
+
+    def _lock(self, kind: int, first: int, end: int) -> bool:
+        start = self.identity.marks_offset + first
+        lock = _FLOCK.pack(kind, os.SEEK_SET, start, end - first, 0)
+        try:
+            fcntl.fcntl(self.fd, fcntl.F_OFD_SETLK, lock)
+        except OSError as error:
+            return error.errno not in (errno.EAGAIN, errno.EACCES)
+        return True
 
 
-def _map_offset(identity: BlobIdentity) -> int:
-    return _header_offset(identity) + _BLOCK
+def is_in_use(path: str) -> bool:
+    """Does anybody have this file of the cache open? To be called while nobody opens it. Raises OSError."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
 
 
-def _file_size(identity: BlobIdentity) -> int:
-    return _map_offset(identity) + identity.chunking.count
-
-
-def _header(identity: BlobIdentity) -> bytes:
-    chunking = identity.chunking
-
-    def packed(crc: int) -> bytes:
-        digest = identity.digest.encode("ascii")
-        return _HEADER.pack(MAGIC, VERSION, chunking.bits, crc, chunking.size, digest)
-
-    return packed(zlib.crc32(packed(0)))
+@cache
+def boot_id() -> bytes:
+    """The kernel's name for the time since it was started. Raises OSError."""
+    with open(_BOOT_ID, "rb") as file:
+        return file.read().strip()
 
 
 def _write_fully(fd: int, pieces: Sequence[bytes | memoryview], offset: int) -> None:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 import attrs
 
 CHUNK_SIZE = 64 * 1024
+
 ABSENT = 0x00
+"""A chunk's mark, one byte: it is not there."""
 PRESENT = 0xC5
-"""A chunk's byte in a map. A disk block that a crash left with other data is not likely to be full of it."""
+"""It is there, and safe on disk. A block that a crash left with other data is not likely to be full of it."""
+FRESH = 0x3A
+"""It was written by some process of this boot, and may not be safe on disk yet."""
 
 _VALUES = bytes((ABSENT, PRESENT))
+_FRESH_AS_PRESENT = bytes.maketrans(bytes((FRESH,)), bytes((PRESENT,)))
+_FRESH_AS_ABSENT = bytes.maketrans(bytes((FRESH,)), bytes((ABSENT,)))
 
 
 @attrs.frozen
@@ -61,14 +68,23 @@ class ChunkMap:
         self.complete = not count
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> ChunkMap:
+    def from_bytes(cls, data: bytes | bytearray) -> ChunkMap:
         """The map that `to_bytes` gave. Raises ValueError for bytes that no map consists of."""
-        if data.translate(None, _VALUES):
-            raise ValueError("not a chunk map")
+        if foreign := data.translate(None, _VALUES):
+            raise ValueError(f"0x{foreign[0]:02x} is no chunk's mark")
         chunks = cls(len(data))
         chunks._flags[:] = data
         chunks._count()
         return chunks
+
+    @classmethod
+    def from_marks(cls, marks: bytes, *, with_fresh: bool = True) -> ChunkMap:
+        """What a file's marks say is there. Raises ValueError for a byte that is no mark."""
+        return cls.from_bytes(marks.translate(_FRESH_AS_PRESENT if with_fresh else _FRESH_AS_ABSENT))
+
+    def copy(self) -> ChunkMap:
+        """A map of its own of the same chunks."""
+        return ChunkMap.from_bytes(self._flags)
 
     def to_bytes(self) -> bytes:
         """A byte a chunk, `PRESENT` or `ABSENT`."""
@@ -92,10 +108,24 @@ class ChunkMap:
         self._flags[first:end] = bytes((PRESENT,)) * (end - first)
         self.complete = not self._missing
 
+    def take_over(self, first: int, marks: bytes) -> bool:
+        """The chunks from ``first`` on that a file's marks show are there now; True if that is any more."""
+        missing = self._missing
+        for mark in (PRESENT, FRESH):
+            for start, end in runs_of(mark, marks):
+                self.set(first + start, first + end)
+        return self._missing < missing
+
     def merge(self, other: ChunkMap) -> None:
         """What is there in ``other``, of the same length, is there now."""
         ours, theirs = int.from_bytes(self._flags, "little"), int.from_bytes(other._flags, "little")
         self._flags[:] = (ours | theirs).to_bytes(len(self._flags), "little")
+        self._count()
+
+    def keep(self, other: ChunkMap) -> None:
+        """What is not there in ``other``, of the same length, is there no more."""
+        ours, theirs = int.from_bytes(self._flags, "little"), int.from_bytes(other._flags, "little")
+        self._flags[:] = (ours & theirs).to_bytes(len(self._flags), "little")
         self._count()
 
     def unset(self, first: int, end: int) -> None:
@@ -128,3 +158,9 @@ def _runs(flags: bytearray, value: int, other: int, first: int, end: int) -> Ite
         stop = flags.find(other, start, end)
         first = end if stop < 0 else stop
         yield start, first
+
+
+def runs_of(mark: int, marks: bytes) -> Iterator[tuple[int, int]]:
+    """The runs [from, to) of one mark in a file's marks, in order, as long as they go."""
+    for run in re.finditer(b"%b+" % re.escape(bytes((mark,))), marks):
+        yield run.span()

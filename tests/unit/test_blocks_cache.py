@@ -11,8 +11,11 @@ from twisted.internet.defer import Deferred
 from twisted.logger import LogLevel, globalLogPublisher
 from twisted.trial.unittest import SynchronousTestCase
 
-from erofs_twisted.blocks import blobfile
-from erofs_twisted.blocks.cache import FLUSH_SECONDS, CachedBlob, CacheDirectory, CacheError, CorruptBlob
+from erofs_twisted.blocks import blobfile, header
+from erofs_twisted.blocks.cache import CachedBlob, CacheDirectory, CacheError, CorruptBlob
+from erofs_twisted.blocks.cached import FLUSH_SECONDS
+from erofs_twisted.blocks.chunks import FRESH, PRESENT
+from erofs_twisted.blocks.header import TRAILER_SIZE, VERSION
 from erofs_twisted.errors import ReadError
 from erofs_twisted.registry.errors import InvalidDigest
 from tests.unit.blobs import ThreadlessPool, ThreadlessReactor, blob, digest_of, open_cached
@@ -59,6 +62,11 @@ class CacheCase(SynchronousTestCase):
     def file(self) -> Path:
         return Path(self.path) / "sha256" / digest_of(DATA).partition(":")[2]
 
+    def marks(self) -> bytes:
+        """The chunks' marks in the file."""
+        data = self.file().read_bytes()
+        return data[len(data) - TRAILER_SIZE - COUNT : -TRAILER_SIZE]
+
     def logged(self, level: Any) -> list[str]:
         return [event["log_format"] for event in self.events if event["log_level"] is level]
 
@@ -80,7 +88,7 @@ class OpenTests(CacheCase):
         data = blob(1)
         directory = CacheDirectory(self.reactor, self.pool, self.path)  # type: ignore[arg-type]
         cached = self.successResultOf(directory.open(digest_of(data), 1 << 40))
-        self.assertLess(os.fstat(cached.fd).st_blocks * 512, 1 << 20)
+        self.assertLess(os.fstat(cached.fd).st_blocks * 512, cached.chunking.count + (1 << 16))
 
     def test_a_blob_in_use_is_locked_so_that_nobody_evicts_it(self) -> None:
         cached = self.open()
@@ -124,11 +132,11 @@ class KeepTests(CacheCase):
         self.successResultOf(cached.close())
         self.assertEqual([1, 2, 5], self.present(self.open()))
 
-    def test_marks_reach_the_disk_some_seconds_later(self) -> None:
+    def test_a_chunk_is_marked_as_fresh_at_once_and_as_present_when_it_is_safe(self) -> None:
         self.store(self.open(), 3)
-        self.assertEqual([], self.present(self.open()))
+        self.assertEqual(bytes((0, 0, 0, FRESH, 0, 0)), self.marks())
         self.reactor.advance(FLUSH_SECONDS)
-        self.assertEqual([3], self.present(self.open()))
+        self.assertEqual(bytes((0, 0, 0, PRESENT, 0, 0)), self.marks())
 
     def test_what_is_stored_while_a_flush_runs_is_flushed_by_the_next(self) -> None:
         cached = self.open()
@@ -137,15 +145,29 @@ class KeepTests(CacheCase):
         self.reactor.advance(FLUSH_SECONDS)
         self.store(cached, 1)
         self.pool.run()
-        self.assertEqual([0], self.present(self.open()))
         self.reactor.advance(FLUSH_SECONDS)
-        self.assertEqual([0, 1], self.present(self.open()))
+        self.assertEqual(bytes((PRESENT, PRESENT, 0, 0, 0, 0)), self.marks())
 
-    def test_an_idle_blob_has_no_timer(self) -> None:
+    def test_what_is_stored_while_the_disk_syncs_is_not_taken_for_safe(self) -> None:
+        cached, store = self.open(), self.store
+
+        class Meanwhile(BrokenSystem):
+            def fdatasync(self, fd: int) -> None:
+                os.fdatasync(fd)
+                store(cached, 1)
+
+        self.store(cached, 0)
+        self.patch(blobfile, "os", Meanwhile())
+        self.reactor.advance(FLUSH_SECONDS)
+        self.assertEqual(bytes((PRESENT, FRESH, 0, 0, 0, 0)), self.marks())
+
+    def test_an_idle_blob_is_not_synced(self) -> None:
         cached = self.open()
         self.store(cached, 0)
         self.reactor.advance(FLUSH_SECONDS)
-        self.assertEqual([], self.reactor.getDelayedCalls())
+        self.patch(blobfile, "os", BrokenSystem("fdatasync"))
+        self.reactor.advance(FLUSH_SECONDS)
+        self.assertEqual([], self.logged(LogLevel.error))
 
     def test_close_leaves_no_timer_and_no_open_file(self) -> None:
         cached = self.open()
@@ -184,6 +206,63 @@ class ShareTests(CacheCase):
         self.successResultOf(ours.flush())
         self.assertEqual([0, 1, 2, 4], self.present(ours))
 
+    def test_each_sees_at_once_what_the_other_stored_when_it_looks(self) -> None:
+        ours, theirs = self.open(), self.open()
+        self.store(theirs, 1, 3, 4)
+        self.assertEqual([], self.present(ours))
+        self.assertTrue(ours.refresh(0, 4))
+        self.assertEqual([1, 3], self.present(ours))
+        self.assertFalse(ours.refresh(0, 4))
+        self.assertEqual(DATA[3 * CHUNK : 4 * CHUNK], os.pread(ours.fd, CHUNK, 3 * CHUNK))
+
+    def test_what_a_process_left_when_it_was_killed_is_made_safe_by_the_next_flush_of_another(self) -> None:
+        ours, theirs = self.open(), self.open()
+        self.store(theirs, 2)
+        os.close(theirs.fd)
+        for look in (lambda: self.assertTrue(ours.refresh(0, COUNT)), lambda: None):
+            look()
+            self.reactor.advance(FLUSH_SECONDS)
+            self.assertEqual(PRESENT, self.marks()[2])
+
+    def test_a_claim_keeps_another_process_from_the_same_chunks_until_it_is_released(self) -> None:
+        ours, theirs = self.open(), self.open()
+        self.assertTrue(ours.claim(1, 4))
+        self.assertFalse(theirs.claim(3, 5))
+        self.assertTrue(theirs.claim(4, 6))
+        ours.release(1, 4)
+        self.assertTrue(theirs.claim(1, 4))
+
+    def test_a_claim_excludes_no_other_of_the_same_process(self) -> None:
+        ours = self.open()
+        self.assertTrue(ours.claim(1, 4))
+        self.assertTrue(ours.claim(0, 6))
+
+    def test_the_claims_of_a_process_end_with_it(self) -> None:
+        ours, theirs = self.open(), self.open()
+        self.assertTrue(theirs.claim(0, 6))
+        os.close(theirs.fd)
+        self.assertTrue(ours.claim(0, 6))
+
+    def test_where_the_file_system_has_no_locks_every_claim_is_granted(self) -> None:
+        class NoLocks:
+            def __getattr__(self, name: str) -> Any:
+                return getattr(fcntl, name)
+
+            def fcntl(self, *_: Any) -> None:
+                raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+        ours, theirs = self.open(), self.open()
+        self.patch(blobfile, "fcntl", NoLocks())
+        self.assertTrue(ours.claim(0, 6))
+        self.assertTrue(theirs.claim(0, 6))
+
+    def test_a_chunk_that_another_process_stored_is_not_written_again(self) -> None:
+        ours, theirs = self.open(), self.open()
+        self.store(theirs, 0)
+        self.assertTrue(ours.store(0, [b"x" * CHUNK]))
+        self.assertEqual([0], self.present(ours))
+        self.assertEqual(DATA[:CHUNK], os.pread(ours.fd, CHUNK, 0))
+
     def test_no_flush_takes_a_mark_of_the_other_back(self) -> None:
         ours, theirs = self.open(), self.open()
         self.store(ours, 0)
@@ -198,7 +277,7 @@ class ShareTests(CacheCase):
         self.successResultOf(ours.flush())
         size = self.file().stat().st_size
         with self.file().open("r+b") as file:
-            file.seek(size - COUNT)
+            file.seek(size - COUNT - TRAILER_SIZE)
             file.write(b"\x7f")
         theirs = self.open()
         self.assertEqual([], self.present(theirs))
@@ -230,8 +309,15 @@ class DamageTests(CacheCase):
             self.assert_dropped()
 
     def test_a_file_with_a_map_that_is_none_is_dropped(self) -> None:
-        self.damage(-1, b"\x01")
+        self.damage(-1 - TRAILER_SIZE, b"\x01")
         self.assert_dropped()
+
+    def test_a_file_with_a_damaged_end_is_dropped(self) -> None:
+        for offset in range(-TRAILER_SIZE, 0):
+            if offset not in (-14, -13):
+                self.damage(offset, b"\xff")
+                self.events.clear()
+                self.assert_dropped()
 
     def test_a_file_that_was_verified_but_is_not_complete_is_dropped(self) -> None:
         self.damage(-(-len(DATA) // 4096) * 4096 + 255, b"\xc5")
@@ -248,7 +334,157 @@ class DamageTests(CacheCase):
         self.assertEqual(1, len(self.logged(LogLevel.warn)))
 
 
+class BootTests(CacheCase):
+    """What an earlier boot left is believed only where it was marked as safe."""
+
+    def reboot(self) -> None:
+        self.patch(blobfile, "boot_id", lambda: b"another".ljust(36))
+
+    def leave(self) -> None:
+        """A process that was killed: chunk 0 was safe, 1 and 2 fresh."""
+        cached = self.open()
+        self.store(cached, 0)
+        self.successResultOf(cached.flush())
+        self.store(cached, 1, 2)
+        os.close(cached.fd)
+
+    def test_in_the_same_boot_what_is_fresh_is_there(self) -> None:
+        self.leave()
+        self.assertEqual([0, 1, 2], self.present(self.open()))
+
+    def test_in_another_boot_what_was_fresh_is_not_there(self) -> None:
+        self.leave()
+        self.reboot()
+        self.assertEqual([0], self.present(self.open()))
+        self.assertEqual(bytes((PRESENT, 0, 0, 0, 0, 0)), self.marks())
+
+    def test_what_is_fresh_is_forgotten_on_disk_before_the_file_passes_for_one_of_this_boot(self) -> None:
+        self.leave()
+        self.reboot()
+        marks = self.marks
+
+        class Watched(BrokenSystem):
+            seen: list[tuple[bytes, bool]] = []
+
+            def fdatasync(inner, fd: int) -> None:
+                os.fdatasync(fd)
+                inner.seen.append((marks(), b"another" in self.file().read_bytes()))
+
+        self.patch(blobfile, "os", Watched())
+        self.open()
+        self.assertEqual([(bytes((PRESENT, 0, 0, 0, 0, 0)), new) for new in (False, True)], Watched.seen)
+
+    def test_a_file_that_another_system_uses_is_refused(self) -> None:
+        self.open()
+        self.reboot()
+        directory = CacheDirectory(self.reactor, self.pool, self.path, CHUNK)  # type: ignore[arg-type]
+        opened = directory.open(digest_of(DATA), len(DATA))
+        self.assertIn("--cache-dir", str(self.failureResultOf(opened, CacheError).value))
+
+
+class VersionTests(CacheCase):
+    def make(self, version: int) -> CachedBlob:
+        self.patch(header, "VERSION", version)
+        cached = self.open()
+        self.store(cached, 0)
+        self.successResultOf(cached.flush())
+        self.patch(header, "VERSION", VERSION)
+        return cached
+
+    def test_a_file_of_a_newer_version_that_is_in_use_is_left_alone(self) -> None:
+        self.make(VERSION + 1)
+        before = self.file().read_bytes()
+        directory = CacheDirectory(self.reactor, self.pool, self.path, CHUNK)  # type: ignore[arg-type]
+        message = str(self.failureResultOf(directory.open(digest_of(DATA), len(DATA)), CacheError).value)
+        self.assertIn("a newer erofs-twisted wrote it", message)
+        self.assertIn("--cache-dir", message)
+        self.assertEqual(before, self.file().read_bytes())
+
+    def test_a_file_of_another_version_that_nobody_uses_is_made_anew_with_a_warning(self) -> None:
+        for version in (VERSION - 1, VERSION + 1):
+            self.successResultOf(self.make(version).close())
+            self.events.clear()
+            cached = self.open()
+            self.assertEqual([], self.present(cached))
+            self.assertEqual(1, len(self.logged(LogLevel.warn)))
+            self.successResultOf(cached.close())
+
+    def test_a_file_of_an_older_version_is_replaced_under_its_user(self) -> None:
+        theirs = self.make(VERSION - 1)
+        self.assertEqual([], self.present(self.open()))
+        self.assertEqual(DATA[:CHUNK], os.pread(theirs.fd, CHUNK, 0))
+
+
+class UsedFileTests(CacheCase):
+    """What others do to a file while it is in use."""
+
+    def test_a_file_that_is_cut_short_is_not_filled_up_with_zeros(self) -> None:
+        cached = self.open()
+        self.store(cached, 0, 1)
+        os.truncate(self.file(), 100)
+        self.assertFalse(cached.store(4, [DATA[4 * CHUNK : 5 * CHUNK]]))
+        self.assertEqual([], self.present(cached))
+        self.assertEqual(100, os.fstat(cached.fd).st_size)
+        self.assertFalse(self.file().exists())
+        self.assertEqual(1, len(self.logged(LogLevel.error)))
+        self.successResultOf(cached.close())
+
+    def test_a_file_that_is_cut_short_is_noticed_though_nothing_is_stored(self) -> None:
+        cached = self.open()
+        self.store(cached, *range(COUNT))
+        os.truncate(self.file(), 100)
+        self.reactor.advance(FLUSH_SECONDS)
+        self.assertEqual([], self.present(cached))
+        self.assertFalse(cached.chunks.complete)
+        self.failureResultOf(cached.verify(), ReadError)
+
+    def test_a_damaged_map_is_noticed(self) -> None:
+        cached = self.open()
+        self.store(cached, 0)
+        with self.file().open("r+b") as file:
+            file.seek(-TRAILER_SIZE - 1, os.SEEK_END)
+            file.write(b"\x17")
+        self.reactor.advance(FLUSH_SECONDS)
+        self.assertEqual([], self.present(cached))
+        self.assertFalse(cached.refresh(0, COUNT))
+        self.assertTrue(cached.claim(0, COUNT))
+
+    def test_a_blob_that_another_process_finds_corrupt_is_read_no_more(self) -> None:
+        ours, theirs = self.open(), self.open()
+        self.store(ours, *range(COUNT - 1))
+        self.assertTrue(theirs.store(COUNT - 1, [b"x" * 100]))
+        self.assertTrue(theirs.refresh(0, COUNT))
+        self.assertIsInstance(theirs.error, CorruptBlob)
+        self.assertIsNone(ours.error)
+        self.reactor.advance(FLUSH_SECONDS)
+        self.assertIsInstance(ours.error, CorruptBlob)
+        self.assertEqual([], self.present(ours))
+
+
 class DiskTests(CacheCase):
+    def test_after_a_failed_sync_no_process_believes_what_was_fresh(self) -> None:
+        ours, theirs = self.open(), self.open()
+        self.store(theirs, 0)
+        self.successResultOf(theirs.flush())
+        self.store(theirs, 1)
+        self.store(ours, 2)
+        self.assertTrue(ours.refresh(0, COUNT))
+        self.patch(blobfile, "os", BrokenSystem("fdatasync", code=errno.EIO))
+        self.successResultOf(ours.flush())
+        self.assertEqual(bytes((PRESENT, 0, 0, 0, 0, 0)), self.marks())
+        self.assertEqual([0], self.present(ours))
+        self.patch(blobfile, "os", os)
+        self.successResultOf(theirs.flush())
+        self.assertEqual([0], self.present(theirs))
+
+    def test_a_file_in_which_nothing_can_be_taken_back_is_given_up(self) -> None:
+        cached = self.open()
+        self.store(cached, 0)
+        self.patch(blobfile, "os", BrokenSystem("fdatasync", "pwritev", code=errno.EIO))
+        self.successResultOf(cached.flush())
+        self.assertEqual([], self.present(cached))
+        self.assertFalse(self.file().exists())
+
     def test_a_full_disk_is_said_once_and_so_is_its_end(self) -> None:
         cached = self.open()
         self.patch(blobfile, "os", BrokenSystem("pwritev"))

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
-from erofs_twisted.blocks.chunks import Chunking, ChunkMap
+from erofs_twisted.blocks.chunks import ABSENT, FRESH, PRESENT, Chunking, ChunkMap, runs_of
 
 COUNT = 24
 CHUNKS = st.integers(0, COUNT)
@@ -110,3 +110,46 @@ class ChunkMapTests(SynchronousTestCase):
         subject = map_of({0, 5})
         subject.clear()
         self.assertEqual(COUNT, subject.missing)
+
+    @given(SETS, SETS)
+    def test_keep_is_the_intersection(self, ours: set[int], theirs: set[int]) -> None:
+        subject = map_of(ours)
+        subject.keep(map_of(theirs))
+        self.assertEqual(map_of(ours & theirs).to_bytes(), subject.to_bytes())
+        self.assertEqual(COUNT - len(ours & theirs), subject.missing)
+
+    @given(SETS)
+    def test_a_copy_does_not_follow(self, chunks: set[int]) -> None:
+        subject = map_of(chunks)
+        copy = subject.copy()
+        subject.clear()
+        self.assertEqual(map_of(chunks).to_bytes(), copy.to_bytes())
+
+
+MARKS = st.lists(st.sampled_from((ABSENT, FRESH, PRESENT)), max_size=COUNT).map(bytes)
+
+
+class MarksTests(SynchronousTestCase):
+    @given(MARKS)
+    def test_what_is_fresh_is_there_if_it_is_believed(self, marks: bytes) -> None:
+        for with_fresh, there in ((True, (FRESH, PRESENT)), (False, (PRESENT,))):
+            expected = {chunk for chunk, mark in enumerate(marks) if mark in there}
+            subject = ChunkMap.from_marks(marks, with_fresh=with_fresh)
+            self.assertEqual(sorted(expected), chunks_of(list(subject.runs_present(0, len(marks)))))
+
+    @given(SETS, MARKS, st.data())
+    def test_what_is_taken_over_is_there_beside_the_rest(
+        self, ours: set[int], marks: bytes, data: st.DataObject
+    ) -> None:
+        first = data.draw(st.integers(0, COUNT - len(marks)))
+        theirs = {first + chunk for chunk, mark in enumerate(marks) if mark != ABSENT}
+        subject = map_of(ours)
+        self.assertEqual(not theirs <= ours, subject.take_over(first, marks))
+        self.assertEqual(map_of(ours | theirs).to_bytes(), subject.to_bytes())
+        self.assertEqual(COUNT - len(ours | theirs), subject.missing)
+
+    @given(MARKS, st.sampled_from((ABSENT, FRESH, PRESENT)))
+    def test_runs_are_all_chunks_of_a_mark(self, marks: bytes, mark: int) -> None:
+        runs = list(runs_of(mark, marks))
+        self.assertEqual([chunk for chunk, m in enumerate(marks) if m == mark], chunks_of(runs))
+        self.assertTrue(all(a[1] < b[0] for a, b in itertools.pairwise(runs)))

@@ -21,9 +21,10 @@ from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
 from erofs_twisted.blocks import blobfile
-from erofs_twisted.blocks.blobfile import BlobFile, BlobIdentity, DamagedFile
+from erofs_twisted.blocks.blobfile import BlobFile
 from erofs_twisted.blocks.cache import CachedBlob
 from erofs_twisted.blocks.chunks import Chunking, ChunkMap
+from erofs_twisted.blocks.header import BlobIdentity, DamagedFile
 from erofs_twisted.registry.digest import Digest
 from tests.unit.blobs import blob, digest_of, open_cached
 
@@ -112,12 +113,14 @@ def put_file(directory: str, data: bytes) -> None:
 
 
 def reopen(directory: str) -> tuple[BlobFile, ChunkMap] | None:
-    """The file as the next process finds it, if it is not too damaged to be used."""
+    """The file as the next process finds it after the crash, if it is not too damaged to be used."""
     path = Path(directory) / "sha256" / NAME
-    try:
-        return BlobFile.open(str(path), BlobIdentity(Digest(digest_of(DATA)), Chunking(len(DATA), CHUNK)))
-    except DamagedFile:
-        return None
+    identity = BlobIdentity(Digest(digest_of(DATA)), Chunking(len(DATA), CHUNK))
+    with mock.patch.object(blobfile, "boot_id", lambda: b"the next".ljust(36)):
+        try:
+            return BlobFile.open(str(path), identity)
+        except DamagedFile:
+            return None
 
 
 def store(cached: CachedBlob, chunk: int, data: bytes = DATA) -> None:
