@@ -13,5 +13,9 @@ class ReadError(ErofsTwistedError):
     """Bytes of an image cannot be had, after all that could be tried. The reader gets EIO."""
 
 
+class RangesIgnored(ReadError):
+    """The origin answers a range with the whole blob: ask it for that."""
+
+
 class MountError(ErofsTwistedError):
     """An image cannot be mounted or unmounted as asked."""

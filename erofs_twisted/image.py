@@ -12,11 +12,14 @@ from twisted.python.threadpool import ThreadPool
 from zope.interface import implementer
 
 from erofs_twisted.blocks.cache import CacheDirectory
+from erofs_twisted.blocks.queue import FetchQueue
 from erofs_twisted.blocks.source import BlobSource
 from erofs_twisted.erofs.superblock import Superblock
 from erofs_twisted.errors import MountError
 from erofs_twisted.interfaces import FileSpan, IExport, IImageStore, Segment
 from erofs_twisted.options import ImageConfig
+from erofs_twisted.prefetch.fill import Fill
+from erofs_twisted.prefetch.warmup import WarmUp
 from erofs_twisted.registry.manifest import Descriptor, ResolvedImage
 from erofs_twisted.registry.store import open_store
 
@@ -115,16 +118,41 @@ class BlobExport:
 
 @attrs.define
 class OpenImage:
-    """An image whose layer can be served: `export` reads through the cache from `store`."""
+    """An image whose layer can be served: `export` reads through the cache from its store.
+
+    Its first bytes are on their way: `check` says if they are those of an EROFS image.
+    """
 
     resolved: ResolvedImage
     export: BlobExport
     _store: IImageStore
+    _warm_up: WarmUp
+    _fill: Fill
+    _fill_mode: str
+    _beginning: Deferred[list[Segment]] = attrs.field(init=False)
     _source_closed: Deferred[None] | None = attrs.field(default=None, init=False)
+
+    def __attrs_post_init__(self) -> None:
+        beginning = self.export.read(0, min(self.export.size, BLOCK))
+        self._beginning = beginning if isinstance(beginning, Deferred) else succeed(beginning)
+
+    async def check(self) -> None:
+        """Is it an image that can be mounted? With ``--fill full``, is every byte of it right? Call it once.
+
+        Raises `SuperblockError`, or `ReadError` for what cannot be had.
+        """
+        source = self.export.source
+        data = joined(await self._beginning)[: source.size]
+        superblock = Superblock.parse(data, source.size)
+        if self._fill_mode == "full":
+            await self._fill.now()
+        self._warm_up.begin(superblock, self._fill if self._fill_mode == "auto" else None)
 
     def abandon(self) -> Deferred[None]:
         """Fail the reads that wait, and all that come: the first part of `close`."""
         if self._source_closed is None:
+            self._warm_up.stop()
+            _ = self._beginning.addErrback(lambda _: [])
             self._source_closed = self.export.source.close()
         return self._source_closed
 
@@ -147,34 +175,30 @@ def store_of(reactor: Any, pool: ThreadPool, config: ImageConfig) -> IImageStore
 
 
 async def open_image(reactor: Any, pool: ThreadPool, config: ImageConfig) -> OpenImage:
-    """Resolve an image, choose its layer, and check the layer's superblock, read through the data path.
+    """Resolve an image, choose its layer, and open that in the cache.
 
-    Raises `LayerError`, `SuperblockError`, or what the registry's client raises; then nothing is left open.
+    Raises `LayerError`, `CacheError`, or what the registry's client raises; then nothing is left open.
     """
     store = store_of(reactor, pool, config)
+    directory = CacheDirectory(reactor, pool, str(config.cache_dir))
     try:
         resolved = await store.resolve(config.platform)
         layer = choose_layer(resolved, config.layer)
-        cached = await CacheDirectory(reactor, pool, str(config.cache_dir)).open(layer.digest, layer.size)
-        source = BlobSource(store.blob(layer), cached, reactor)
-        try:
-            Superblock.parse(await read_bytes(source, 0, min(layer.size, BLOCK)), layer.size)
-        except BaseException:
-            await source.close()
-            raise
+        cached = await directory.open(layer.digest, layer.size)
     except BaseException:
         await store.close()
         raise
-    name = str(config.reference)
-    description = f"{layer.media_type} {layer.digest}"
-    return OpenImage(resolved, BlobExport(name=name, description=description, source=source), store)
+    queue = FetchQueue(reactor)
+    source = BlobSource(store.blob(layer), cached, reactor, queue=queue)
+    export = BlobExport(
+        name=str(config.reference), description=f"{layer.media_type} {layer.digest}", source=source
+    )
+    fill = Fill(reactor, source, queue.link, lambda: succeed(None), config.fill_rate)
+    return OpenImage(resolved, export, store, WarmUp(reactor, source), fill, config.fill)
 
 
-async def read_bytes(source: BlobSource, offset: int, length: int) -> bytes:
-    """A range of a blob, in memory. Raises `ReadError`."""
-    segments = source.read(offset, length)
-    if isinstance(segments, Deferred):
-        segments = await segments
+def joined(segments: Sequence[Segment]) -> bytes:
+    """What a read gave, in memory."""
     return b"".join(
         os.pread(segment.fd, segment.length, segment.offset) if isinstance(segment, FileSpan) else segment
         for segment in segments

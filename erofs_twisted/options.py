@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import platform as host
+import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -56,6 +57,13 @@ IMAGE_OPTIONS = (
     Option("plain-http", None, "speak HTTP without TLS to the registry (loopback hosts: always)"),
     Option("oci", "KEY=VALUE,…", "platform=, layer=, username= and password= in one, as mkfs.erofs has it"),
     Option("cache-dir", "DIR", "where fetched blocks are kept [/var/cache/erofs-twisted]"),
+    Option(
+        "trace",
+        "auto|record|off",
+        "fetch first what a trace names; record: also write one; off: neither [auto]",
+    ),
+    Option("fill", "auto|off|full", "the rest of the image: while idle, never, or before the mount [auto]"),
+    Option("fill-rate", "SIZE", "bytes a second that an idle link is filled with; K, M, G [no limit]"),
     Option("io-timeout", "SECONDS", "how long a read is retried before it fails with EIO [120]"),
 )
 
@@ -86,7 +94,11 @@ OCI_KEYS = ("platform", "layer", "username", "password")
 
 @attrs.frozen(kw_only=True)
 class ImageConfig:
-    """Which image, and how to get at it. ``layer`` None means all layers; ``io_timeout`` is in seconds."""
+    """Which image, and how to get at it. ``layer`` None means all layers; ``io_timeout`` is in seconds.
+
+    ``trace`` is 'auto', 'record' or 'off'; ``fill`` 'auto', 'off' or 'full'; ``fill_rate`` in bytes a
+    second, None for no limit.
+    """
 
     reference: ImageReference | LayoutReference
     platform: Platform
@@ -94,6 +106,9 @@ class ImageConfig:
     credentials: Credentials | None
     plain_http: bool
     cache_dir: Path
+    trace: str
+    fill: str
+    fill_rate: int | None
     io_timeout: float
 
 
@@ -124,6 +139,9 @@ def read_image_config(image: str, values: Values) -> ImageConfig:
         credentials=_credentials(values),
         plain_http=bool(values.get("plain-http")),
         cache_dir=_given(values, "cache-dir", _directory, default_cache_dir),
+        trace=_given(values, "trace", _one_of("auto", "record", "off"), lambda: "auto"),
+        fill=_given(values, "fill", _one_of("auto", "off", "full"), lambda: "auto"),
+        fill_rate=_given(values, "fill-rate", _size, lambda: None),
         io_timeout=_given(values, "io-timeout", _seconds, lambda: 120.0),
     )
 
@@ -254,6 +272,14 @@ def _kib(text: str) -> int:
     if not 4 <= number <= 32768:
         raise ValueError(f"{text} is out of range; it is 4 to 32768, in KiB")
     return number
+
+
+def _size(text: str) -> int:
+    match = re.fullmatch(r"([0-9]{1,15})(?:([KMGT])(?:i?B)?)?", text, re.ASCII | re.IGNORECASE)
+    size = int(match[1]) << 10 * ("KMGT".index(match[2].upper()) + 1 if match[2] else 0) if match else 0
+    if not size:
+        raise ValueError(f"{text!r} is not a size above 0, such as 512M or 20G")
+    return size
 
 
 def _seconds(text: str) -> float:

@@ -138,6 +138,7 @@ class MountService(Service):
         device = await connector.attach(image.export, server)
         undo.push_async_callback(self._give_back, device, state)
         self._raise_if_stopped()
+        await self._unless_stopped(Deferred.fromCoroutine(image.check()))
         await self._mount(mountpoint, device, image)
         undo.push_async_callback(self._until_released, device)
         undo.push_async_callback(mountpoint.unmount, lazy=True)

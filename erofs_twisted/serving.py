@@ -26,6 +26,7 @@ async def serve_image(reactor: Any, config: ImageConfig, path: str, ready: Calla
         undo.push_async_callback(pool.stop)
         image = await open_image(reactor, pool, config)
         undo.push_async_callback(image.close)
+        await image.check()
         server = NBDServer(reactor)
         undo.push_async_callback(server.stop)
         try:

@@ -1,14 +1,13 @@
-"""Ranges on their way from a blob's origin: a transfer, cut into chunks, and the queue they wait in."""
+"""One range on its way from a blob's origin: a transfer, cut into chunks as it comes."""
 
 from __future__ import annotations
 
-from collections import deque
+import enum
 from collections.abc import Sequence
 from typing import Protocol
 
 import attrs
 from twisted.internet.defer import CancelledError, Deferred
-from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 
 from erofs_twisted.blocks.chunks import Chunking
@@ -16,14 +15,32 @@ from erofs_twisted.errors import ReadError
 from erofs_twisted.interfaces import IBlobReader
 
 
+class Priority(enum.IntEnum):
+    """What a fetch is for; the lower goes first."""
+
+    DEMAND = 0
+    """A reader waits for it."""
+    AHEAD = 1
+    """A guess that a reader will."""
+    BACKGROUND = 2
+    """Whatever is left of the blob, when there is nothing else to do."""
+
+
 class FetchOwner(Protocol):
     """Whom a fetch reports to."""
 
-    def chunk_fetched(self, chunk: int, pieces: Sequence[memoryview]) -> None:
+    def may_start(self, fetch: Fetch) -> bool:
+        """Its turn has come: is it this process that is to transfer it? If not, it may have been cancelled
+        since it is needed no more; else it is asked for again a little later."""
+
+    def chunk_fetched(self, fetch: Fetch, chunk: int, pieces: Sequence[memoryview]) -> None:
         """A chunk has come whole."""
 
     def fetch_failed(self, fetch: Fetch, error: ReadError) -> None:
         """The chunks from ``fetch.first`` on do not come."""
+
+    def fetch_ended(self, fetch: Fetch) -> None:
+        """A fetch that had started runs no more, for whatever reason."""
 
 
 @attrs.define(eq=False)
@@ -37,10 +54,16 @@ class Fetch:
 
     first: int
     end: int
-    ahead: bool
-    """Is it a guess that a reader will want this, rather than what one waits for?"""
-    _owner: FetchOwner
+    priority: Priority
+    owner: FetchOwner
+    reader: IBlobReader
     _chunking: Chunking
+    whole: bool = False
+    """Is it the blob as a whole, from an origin that gives nothing less?"""
+    claim: tuple[int, int] | None = attrs.field(default=None, init=False)
+    """What its owner holds of the file that processes share, until it ends."""
+    refused_at: float | None = attrs.field(default=None, init=False)
+    """When another process was first found to be at these chunks."""
     started: bool = attrs.field(default=False, init=False)
     ended: bool = attrs.field(default=False, init=False)
     _pieces: list[memoryview] = attrs.field(factory=list, init=False)
@@ -48,16 +71,28 @@ class Fetch:
     _received: int = attrs.field(default=0, init=False)
     """The length of that."""
     _transfer: Deferred[None] | None = attrs.field(default=None, init=False)
+    _watch: Watch | None = attrs.field(default=None, init=False)
+
+    @property
+    def is_guess(self) -> bool:
+        """Does it run without anybody who waits for it?"""
+        return self.priority > Priority.DEMAND
 
     @property
     def remaining(self) -> int:
         """Bytes still to come."""
-        return self._chunking.start(self.end) - self._chunking.start(self.first) - self._received
+        return self.before(self.end)
 
-    def start(self, reader: IBlobReader) -> Deferred[None]:
-        """Begin. The Deferred fires with None when the fetch has ended, in whatever way."""
+    def before(self, chunk: int) -> int:
+        """Bytes still to come until ``chunk`` does, one of [first, end]."""
+        return self._chunking.start(chunk) - self._chunking.start(self.first) - self._received
+
+    def start(self, watch: Watch) -> Deferred[None]:
+        """Begin; ``watch`` is told of each piece. The Deferred fires with None when the fetch has ended, in
+        whatever way."""
         self.started = True
-        self._transfer = Deferred.fromCoroutine(self._transferred(reader))
+        self._watch = watch
+        self._transfer = Deferred.fromCoroutine(self._transferred())
         if self.ended:
             # It failed while the reader was being called: until now there was nothing to cancel.
             self._transfer.cancel()
@@ -70,11 +105,11 @@ class Fetch:
         if self._transfer is not None:
             self._transfer.cancel()
 
-    async def _transferred(self, reader: IBlobReader) -> None:
+    async def _transferred(self) -> None:
         offset, length = self._chunking.start(self.first), self.remaining
-        what = f"{length} bytes at {offset} of {reader.digest}"
+        what = f"{length} bytes at {offset} of {self.reader.digest}"
         try:
-            await reader.read(offset, length, self._deliver)
+            await self.reader.read(offset, length, self._deliver)
         except ReadError as error:
             self._fail(error)
         except CancelledError:
@@ -93,6 +128,8 @@ class Fetch:
         if len(data) > self.remaining:
             self._fail(ReadError(f"the origin sent more than the {self.remaining} bytes that were to come"))
             return
+        if self._watch is not None:
+            self._watch(self, len(data))
         view = memoryview(data)
         while view and not self.ended:
             wanted = self._chunking.length(self.first) - self._received
@@ -102,95 +139,17 @@ class Fetch:
             if len(piece) == wanted:
                 chunk, pieces = self.first, self._pieces
                 self.first, self._pieces, self._received = chunk + 1, [], 0
-                self._owner.chunk_fetched(chunk, pieces)
+                self.owner.chunk_fetched(self, chunk, pieces)
 
     def _fail(self, error: ReadError) -> None:
         if self.ended:
             return
         self.cancel()
-        self._owner.fetch_failed(self, error)
+        self.owner.fetch_failed(self, error)
 
 
-class FetchQueue:
-    """Starts fetches: those that a reader waits for first, no more than ``limit`` at a time.
+class Watch(Protocol):
+    """Sees each piece as it comes."""
 
-    Two places are kept from guesses, so that a reader need not wait for one to end.
-    """
-
-    _log = Logger()
-
-    def __init__(self, reader: IBlobReader, clock: IReactorTime, limit: int = 8) -> None:
-        self._running: set[Fetch] = set()
-        self._guesses_running = 0
-        self._reader = reader
-        self._clock = clock
-        self._limit = limit
-        self._guess_limit = max(limit - 2, 1)
-        self._wanted: deque[Fetch] = deque()
-        self._guesses: deque[Fetch] = deque()
-        self._starting = False
-
-    def add(self, fetch: Fetch) -> None:
-        """Queue a fetch, for the next `start`."""
-        (self._guesses if fetch.ahead else self._wanted).append(fetch)
-
-    def promote(self, fetch: Fetch) -> None:
-        """A reader waits for a guess now. If it has not begun yet, it is a guess no more."""
-        if fetch.ahead and not fetch.started:
-            fetch.ahead = False
-            self._wanted.append(fetch)
-
-    def start(self) -> None:
-        """Start what there is room for."""
-        if self._starting:
-            return
-        self._starting = True
-        try:
-            while (fetch := self._next()) is not None:
-                self._start(fetch)
-        finally:
-            self._starting = False
-
-    @property
-    def running(self) -> int:
-        """How many have begun, and not ended."""
-        return len(self._running)
-
-    def cancel(self) -> None:
-        """Forget what has not begun, and cancel the rest."""
-        self._wanted.clear()
-        self._guesses.clear()
-        for fetch in list(self._running):
-            fetch.cancel()
-
-    def _next(self) -> Fetch | None:
-        if len(self._running) >= self._limit:
-            return None
-        while self._wanted:
-            fetch = self._wanted.popleft()
-            if not fetch.ended:
-                return fetch
-        while self._guesses and self._guesses_running < self._guess_limit:
-            fetch = self._guesses.popleft()
-            if fetch.ahead and not fetch.ended:
-                return fetch
-        return None
-
-    def _start(self, fetch: Fetch) -> None:
-        ahead, length, began = fetch.ahead, fetch.remaining, self._clock.seconds()
-        self._running.add(fetch)
-        self._guesses_running += ahead
-
-        def ended(_: None) -> None:
-            self._running.remove(fetch)
-            self._guesses_running -= ahead
-            self._log.debug(
-                "fetched {fetched} of {length} bytes in {seconds:.3f} s",
-                fetched=length - fetch.remaining,
-                length=length,
-                seconds=self._clock.seconds() - began,
-                ahead=ahead,
-            )
-            self.start()
-
-        _ = fetch.start(self._reader).addCallback(ended)
+    def __call__(self, fetch: Fetch, length: int) -> None:
+        """``length`` bytes of ``fetch`` came."""

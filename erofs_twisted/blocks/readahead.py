@@ -12,8 +12,7 @@ from typing import Protocol
 
 import attrs
 
-KIB = 1024
-MIB = 1024 * KIB
+from erofs_twisted.blocks.link import KIB, MIB, Link
 
 ByteRange = tuple[int, int]
 """Bytes [start, end) of a blob."""
@@ -35,7 +34,8 @@ class Windows:
     """Sizes in bytes; powers of two."""
 
     neighbourhood: int = 256 * KIB
-    """A read that belongs to no stream fetches the aligned blocks of this size that it touches."""
+    """A read that belongs to no stream fetches the aligned blocks of this size that it touches, until the
+    link is known."""
     initial: int = 256 * KIB
     maximum: int = 4 * MIB
     """A stream's window: how far it is read ahead of its reader, from the first continuation to the most."""
@@ -61,10 +61,11 @@ class Stream:
 
 @attrs.define
 class Readahead:
-    """The policy for a blob of ``size`` bytes."""
+    """The policy for a blob of ``size`` bytes, whose origin is at the other end of ``link``."""
 
     size: int
     windows: Windows = attrs.field(factory=Windows)
+    link: Link = attrs.field(factory=Link)
     _streams: list[Stream] = attrs.field(factory=list, init=False)
 
     def advise(self, offset: int, length: int, missing: bool) -> list[ByteRange]:
@@ -95,7 +96,7 @@ class Readahead:
         return None
 
     def _neighbourhood(self, offset: int, end: int) -> list[ByteRange]:
-        block = self.windows.neighbourhood
+        block = self.link.worthwhile(self.windows.neighbourhood)
         return self._cut(offset // block * block, -(-end // block) * block)
 
     def _extend(self, stream: Stream, start: int, window: int) -> list[ByteRange]:

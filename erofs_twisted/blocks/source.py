@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 
 import attrs
-from twisted.internet.defer import Deferred, FirstError, fail, gatherResults, succeed
+from twisted.internet.defer import Deferred, fail, succeed
 from twisted.internet.interfaces import IReactorTime
-from twisted.logger import Logger
 
 from erofs_twisted.blocks.cache import CachedBlob
-from erofs_twisted.blocks.fetch import Fetch, FetchQueue
-from erofs_twisted.blocks.readahead import MIB, ByteRange, Readahead, ReadaheadPolicy
+from erofs_twisted.blocks.fetch import Priority
+from erofs_twisted.blocks.lanes import in_lanes
+from erofs_twisted.blocks.queue import FetchQueue
+from erofs_twisted.blocks.readahead import ByteRange, Readahead, ReadaheadPolicy
+from erofs_twisted.blocks.requests import Requests
+from erofs_twisted.blocks.waiting import Waiter, Waiters
 from erofs_twisted.errors import ReadError
 from erofs_twisted.interfaces import FileSpan, IBlobReader, Segment
 
-REQUEST = 1 * MIB
-"""The most that one request asks for where readahead has no say."""
 PREFETCHES = 4
-"""Requests that one prefetch has in flight at a time."""
+"""Requests that the prefetch of a range has in flight or queued at a time."""
 
 
 @attrs.frozen
@@ -29,33 +31,20 @@ class BlobStats:
     """From the origin, in whole chunks."""
     bytes_from_cache: int
     """Read without a wait."""
+    bytes_unkept: int
+    """Fetched, and not stored: the disk or the cache was full."""
     fetches_running: int
     reads_failed: int
-
-
-@attrs.define(eq=False)
-class Waiter:
-    """A read that waits for ``missing`` of the chunks [first, end), which it touches."""
-
-    offset: int
-    length: int
-    first: int
-    end: int
-    wants_bytes: bool
-    """A prefetch does not; it only waits."""
-    done: Deferred[list[Segment]] = attrs.field(factory=Deferred)
-    missing: int = 0
-    unkept: dict[int, bytes] = attrs.field(factory=dict)
-    """Chunks that came, but could not be stored in the cache."""
+    poisoned: bool
+    """Does the blob have another digest than it should? Then no read succeeds."""
 
 
 class BlobSource:
     """The bytes of a blob: from the cache, else from a fetch under way, else from one that it starts.
 
-    ``readahead`` says what is fetched beside what is asked for. It owns ``cached``, and closes it.
+    ``readahead`` says what is fetched beside what is asked for; ``queue`` is that of all blobs with the same
+    origin. It owns ``cached``, and closes it.
     """
-
-    _log = Logger()
 
     def __init__(
         self,
@@ -63,18 +52,18 @@ class BlobSource:
         cached: CachedBlob,
         clock: IReactorTime,
         readahead: ReadaheadPolicy | None = None,
+        queue: FetchQueue | None = None,
     ) -> None:
         self.size = cached.size
+        self.digest = cached.digest
         self._cached = cached
         self._chunking = cached.chunking
-        self._readahead = readahead or Readahead(cached.size)
-        self._queue = FetchQueue(reader, clock)
-        self._fetches: dict[int, Fetch] = {}
-        """By each chunk that is to come."""
-        self._waiters: dict[int, list[Waiter]] = {}
-        """By each chunk that is waited for; all of these are to come."""
+        self._queue = queue or FetchQueue(clock)
+        self._readahead = readahead or Readahead(cached.size, link=self._queue.link)
+        self._requests = Requests(reader, cached, clock, self._queue, self._arrived, self._lost)
+        self._waiters = Waiters()
         self._closed = False
-        self._bytes_fetched = self._bytes_from_cache = self._reads_failed = 0
+        self._bytes_from_cache = self._reads_failed = 0
         # What every read looks at.
         self._chunks = cached.chunks
         self._fd = cached.fd
@@ -91,33 +80,59 @@ class BlobSource:
         if not chunks.complete:
             first, end = offset >> self._bits, ((offset + length - 1) >> self._bits) + 1
             missing = not chunks.present(first, end)
+            if missing and not self._closed and self._cached.refresh(first, end):
+                missing = not chunks.present(first, end)
             advice = self._readahead.advise(offset, length, missing)
             if missing:
-                return self._wait(offset, length, wants_bytes=True, advice=advice)
+                return self._wait(offset, length, Priority.DEMAND, advice)
             if advice:
-                self._request(advice, first, first, ahead=True)
-                self._queue.start()
+                self._requests.request(advice, first, first, Priority.AHEAD)
         self._bytes_from_cache += length
         return [FileSpan(self._fd, offset, length)]
 
-    def prefetch(self, offset: int, length: int) -> Deferred[None]:
+    def peek(self, offset: int, length: int) -> bytes | None:
+        """The bytes of a range if all of it is in the cache, else None. It counts as no reader's: nothing is
+        fetched for it, and nothing read ahead."""
+        first, end = self._chunking.span(offset, length)
+        if self._closed or not self._chunks.present(first, end):
+            return None
+        return os.pread(self._fd, length, offset)
+
+    def prefetch(self, offset: int, length: int, priority: Priority = Priority.AHEAD) -> Deferred[None]:
         """Bring a range within the blob into the cache; it may be empty, or all of it.
 
         The Deferred fires when all of it was fetched, and fails with `ReadError` if a part could not be.
-        Reads go first.
         """
         if length <= 0:
             return succeed(None)
-        return Deferred.fromCoroutine(self._prefetch(*self._chunking.span(offset, length)))
+        first, end = self._chunking.span(offset, length)
+        return Deferred.fromCoroutine(self._prefetch(self._requests.cuts(first, end), priority, PREFETCHES))
+
+    def prefetch_ranges(self, ranges: Iterable[ByteRange]) -> Deferred[None]:
+        """Likewise for many ranges, in this order, as many at a time as the link takes."""
+        spans = (self._chunking.span(start, end - start) for start, end in ranges if start < end)
+        cuts = (cut for span in spans for cut in self._requests.cuts(*span))
+        return Deferred.fromCoroutine(self._prefetch(cuts, Priority.AHEAD, 4 * PREFETCHES))
+
+    def next_missing(self, offset: int, most: int) -> ByteRange | None:
+        """The first bytes from ``offset`` on that are not in the cache, in whole chunks, at most ``most``."""
+        first, count = offset >> self._bits, len(self._chunks)
+        for start, stop in self._chunks.runs_missing(first, count):
+            stop = min(stop, start + max(most >> self._bits, 1))
+            return self._chunking.start(start), self._chunking.start(stop)
+        return None
+
+    @property
+    def bytes_missing(self) -> int:
+        """Of the blob, in whole chunks."""
+        return min(self._chunks.missing << self._bits, self.size)
 
     def close(self) -> Deferred[None]:
         """End every fetch, fail every read that waits, flush and close the cached blob. Call it once."""
         self._closed = True
         closed = self._cached.close()
-        self._fetches.clear()
-        self._queue.cancel()
-        waiters, self._waiters = dict.fromkeys(w for ws in self._waiters.values() for w in ws), {}
-        for waiter in waiters:
+        self._requests.close()
+        for waiter in self._waiters.pop_all():
             if not waiter.done.called:
                 self._give_up(waiter, ReadError(f"the blob {self._cached.digest} is being closed"))
         return closed
@@ -126,23 +141,41 @@ class BlobSource:
     def stats(self) -> BlobStats:
         """The counts so far."""
         return BlobStats(
-            bytes_fetched=self._bytes_fetched,
+            bytes_fetched=self._requests.bytes_fetched,
             bytes_from_cache=self._bytes_from_cache,
+            bytes_unkept=self._requests.bytes_unkept,
             fetches_running=self._queue.running,
             reads_failed=self._reads_failed,
+            poisoned=self._cached.error is not None,
         )
 
-    def chunk_fetched(self, chunk: int, pieces: Sequence[memoryview]) -> None:
-        """See `erofs_twisted.blocks.fetch.FetchOwner`."""
-        del self._fetches[chunk]
-        self._bytes_fetched += self._chunking.length(chunk)
-        stored = self._cached.store(chunk, pieces)
-        waiters = self._waiters.pop(chunk, ())
-        unkept = None if stored or not waiters else b"".join(pieces)
+    def verify(self) -> Deferred[None]:
+        """Compare the whole blob, which must be there, with its digest: see `CachedBlob.verify`."""
+        return self._cached.verify()
+
+    def _wait(
+        self, offset: int, length: int, priority: Priority, advice: Iterable[ByteRange]
+    ) -> Deferred[list[Segment]]:
+        """Wait for a range of which something is missing, and see to it that it comes."""
+        error = self._error()
+        if error is not None:
+            self._reads_failed += 1
+            return fail(error)
+        first, end = self._chunking.span(offset, length)
+        done: Deferred[list[Segment]] = Deferred(lambda _: self._withdraw(waiter))
+        waiter = Waiter(offset, length, first, end, priority is Priority.DEMAND, done)
+        self._waiters.add(waiter, self._chunks.runs_missing(first, end))
+        self._requests.request(advice, first, end, priority)
+        return waiter.done
+
+    def _arrived(self, chunk: int, unkept: Sequence[memoryview] | None) -> None:
+        """A chunk is there; or, if it could not be kept, these are its bytes."""
+        waiters = self._waiters.pop(chunk)
+        data = b"".join(unkept) if unkept is not None and waiters else None
         for waiter in waiters:
             waiter.missing -= 1
-            if unkept is not None and waiter.wants_bytes:
-                waiter.unkept[chunk] = unkept
+            if data is not None and waiter.wants_bytes:
+                waiter.unkept[chunk] = data
             # A reader that was called back may have cancelled this one, or closed the source.
             if waiter.missing or waiter.done.called:
                 continue
@@ -152,101 +185,22 @@ class BlobSource:
             else:
                 self._give_up(waiter, error)
 
-    def fetch_failed(self, fetch: Fetch, error: ReadError) -> None:
-        """See `erofs_twisted.blocks.fetch.FetchOwner`."""
-        self._log.warn(
-            "{count} chunks of {digest} at byte {offset} could not be fetched: {error}",
-            count=fetch.end - fetch.first,
-            digest=self._cached.digest,
-            offset=self._chunking.start(fetch.first),
-            error=error,
-            ahead=fetch.ahead,
-        )
-        for chunk in range(fetch.first, fetch.end):
-            del self._fetches[chunk]
-        for waiter in self._waiting_for(fetch):
+    def _lost(self, chunks: Sequence[int], error: ReadError, was_guess: bool) -> None:
+        """Chunks do not come."""
+        for waiter in self._waiters.of(chunks):
             if waiter.done.called:
                 continue
-            if fetch.ahead and waiter.wants_bytes and not self._closed:
+            if was_guess and waiter.wants_bytes and not self._closed:
                 # The guess had its tries before this reader came; the reader gets tries of its own.
-                self._request((), waiter.first, waiter.end)
+                self._requests.request((), waiter.first, waiter.end, Priority.DEMAND)
             else:
                 self._withdraw(waiter)
                 self._give_up(waiter, error)
-        self._queue.start()
-
-    def _wait(
-        self, offset: int, length: int, *, wants_bytes: bool, advice: Iterable[ByteRange]
-    ) -> Deferred[list[Segment]]:
-        """Wait for a range of which something is missing, and see to it that it comes."""
-        error = self._error()
-        if error is not None:
-            self._reads_failed += 1
-            return fail(error)
-        first, end = self._chunking.span(offset, length)
-        waiter = Waiter(offset, length, first, end, wants_bytes, Deferred(lambda _: self._withdraw(waiter)))
-        for start, stop in self._chunks.runs_missing(first, end):
-            waiter.missing += stop - start
-            for chunk in range(start, stop):
-                self._waiters.setdefault(chunk, []).append(waiter)
-        self._request(advice, first, end, ahead=not wants_bytes)
-        self._queue.start()
-        return waiter.done
-
-    def _request(self, advice: Iterable[ByteRange], first: int, end: int, ahead: bool = False) -> None:
-        """Fetch what is neither there nor to come, of the advice and of the chunks [first, end)."""
-        for start_byte, end_byte in advice:
-            for start, stop in self._unclaimed(*self._chunking.span(start_byte, end_byte - start_byte)):
-                self._claim(start, stop, ahead or stop <= first or end <= start)
-        step = max(REQUEST >> self._bits, 1)
-        for start, stop in self._unclaimed(first, end):
-            for cut in range(start, stop, step):
-                self._claim(cut, min(cut + step, stop), ahead)
-        if not ahead:
-            for chunk in range(first, end):
-                fetch = self._fetches.get(chunk)
-                if fetch is not None:
-                    self._queue.promote(fetch)
-
-    def _unclaimed(self, first: int, end: int) -> Iterator[tuple[int, int]]:
-        """The runs in [first, end) that are neither there nor to come. They may be claimed as they appear."""
-        for start, stop in self._chunks.runs_missing(first, end):
-            run = start
-            for chunk in range(start, stop):
-                if chunk in self._fetches:
-                    if run < chunk:
-                        yield run, chunk
-                    run = chunk + 1
-            if run < stop:
-                yield run, stop
-
-    def _claim(self, first: int, end: int, ahead: bool) -> None:
-        fetch = Fetch(first, end, ahead, self, self._chunking)
-        self._fetches.update(dict.fromkeys(range(first, end), fetch))
-        self._queue.add(fetch)
 
     def _withdraw(self, waiter: Waiter) -> None:
-        """A reader leaves; what was to come for it alone is cancelled, unless it is almost there."""
-        fetches: dict[Fetch, None] = {}
-        for chunk in range(waiter.first, waiter.end):
-            waiters = self._waiters.get(chunk)
-            if waiters and waiter in waiters:
-                waiters.remove(waiter)
-                if not waiters:
-                    del self._waiters[chunk]
-                if chunk in self._fetches:
-                    fetches[self._fetches[chunk]] = None
-        for fetch in fetches:
-            almost_there = fetch.started and fetch.remaining <= self._chunking.chunk_size
-            if not fetch.ahead and not almost_there and not self._waiting_for(fetch):
-                for chunk in range(fetch.first, fetch.end):
-                    del self._fetches[chunk]
-                fetch.cancel()
-
-    def _waiting_for(self, fetch: Fetch) -> dict[Waiter, None]:
-        """Who waits for what the fetch has not brought yet, in the order in which they came."""
-        chunks = range(fetch.first, fetch.end)
-        return dict.fromkeys(waiter for chunk in chunks for waiter in self._waiters.get(chunk, ()))
+        """A reader leaves."""
+        self._waiters.remove(waiter)
+        self._requests.withdraw(waiter.first, waiter.end, self._waiters.any)
 
     def _segments(self, waiter: Waiter) -> list[Segment]:
         if not waiter.unkept:
@@ -263,25 +217,15 @@ class BlobSource:
             position = stop
         return segments
 
-    async def _prefetch(self, first: int, end: int) -> None:
-        step = max(REQUEST >> self._bits, 1)
-        starts = iter(range(first, end, step))
-
+    async def _prefetch(self, cuts: Iterator[tuple[int, int]], priority: Priority, lanes: int) -> None:
         async def fetch_in_turn() -> None:
-            for start in starts:
-                stop = min(start + step, end)
+            for start, stop in cuts:
                 if not self._chunks.present(start, stop):
                     offset = self._chunking.start(start)
                     length = self._chunking.start(stop) - offset
-                    await self._wait(offset, length, wants_bytes=False, advice=())
+                    await self._wait(offset, length, priority, advice=())
 
-        lanes = [Deferred.fromCoroutine(fetch_in_turn()) for _ in range(PREFETCHES)]
-        try:
-            await gatherResults(lanes, consumeErrors=True)
-        except FirstError as first_error:
-            for lane in lanes:
-                lane.cancel()
-            first_error.subFailure.raiseException()
+        await in_lanes(lanes, fetch_in_turn)
 
     def _give_up(self, waiter: Waiter, error: ReadError) -> None:
         self._reads_failed += 1

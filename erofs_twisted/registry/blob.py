@@ -10,6 +10,7 @@ from twisted.logger import Logger
 from twisted.web.iweb import UNKNOWN_LENGTH, IResponse
 from zope.interface import implementer
 
+from erofs_twisted.errors import RangesIgnored
 from erofs_twisted.interfaces import Delivery, IBlobReader
 from erofs_twisted.registry.body import Taker, abandon, receive
 from erofs_twisted.registry.contentrange import check_partial
@@ -23,11 +24,15 @@ MIN_STALL, MAX_STALL = 1.0, 15.0
 """Seconds without a byte after which a request is made again: a quarter of the time there is, within these.
 (Twisted takes 0.3 s to say that a connection is refused.)"""
 
+SLICED = 4 << 20
+"""The largest blob of which a range is cut out as all of it goes by."""
+
 
 @attrs.define(eq=False)
 class _Transfer:
     """A range on its way: the bytes up to ``position`` are delivered, the last at ``progress_at``."""
 
+    start: int
     position: int
     end: int
     deliver: Delivery
@@ -85,7 +90,6 @@ class BlobReader:
     _io_timeout: float
     _backoff: Backoff
     _location: str | None = attrs.field(init=False, default=None)
-    _says_so: bool = attrs.field(init=False, default=False)
     _log = Logger()
 
     @property
@@ -97,14 +101,15 @@ class BlobReader:
         return self._descriptor.size
 
     def read(self, offset: int, length: int, deliver: Delivery) -> Deferred[None]:
-        """As `IBlobReader.read`; fails with `BlobUnreadable`."""
+        """As `IBlobReader.read`; fails with `BlobUnreadable`, or with `RangesIgnored` where the registry
+        would send all of a large blob for a part of it."""
         if not 0 <= offset <= offset + length <= self.size:
             raise ValueError(f"[{offset}, {offset + length}) is not within the blob's {self.size} bytes")
         return Deferred.fromCoroutine(self._read(offset, offset + length, deliver))
 
     async def _read(self, offset: int, end: int, deliver: Delivery) -> None:
         clock = self._session.transport.clock
-        transfer = _Transfer(offset, end, deliver, clock, clock.seconds())
+        transfer = _Transfer(offset, offset, end, deliver, clock, clock.seconds())
         attempt = 0
         while not transfer.is_complete:
             before = transfer.position
@@ -150,6 +155,9 @@ class BlobReader:
         except RegistryError as error:
             abandon(answer.response)
             raise TransferFailed(f"{redacted(answer.url)}: {error}") from error
+        except RangesIgnored:
+            abandon(answer.response)
+            raise
         if answer.redirected:
             self._location = answer.url
         await receive(answer.response, take, transfer.clock, patience)
@@ -165,11 +173,8 @@ class BlobReader:
             return transfer.take
         if response.length not in (self.size, UNKNOWN_LENGTH):
             raise TransferFailed(f"the blob has {response.length} bytes there, the manifest says {self.size}")
-        if not self._says_so:
-            self._says_so = True
-            self._log.warn(
-                "the registry ignores ranges: each read of {digest} costs all before it", digest=self.digest
-            )
+        if self.size > SLICED and (transfer.start, transfer.end) != (0, self.size):
+            raise RangesIgnored(f"{self.digest}: the registry answers a range with the whole blob")
         return transfer.slice(transfer.progress_at + self._io_timeout, self.size)
 
     async def _refusal(self, answer: Answer, patience: float) -> RegistryError:

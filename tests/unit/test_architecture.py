@@ -82,6 +82,7 @@ FLOORS: dict[int, list[str]] = {
         "blocks.cache",
         "blocks.blobfile",
         "blocks.cached",
+        "blocks.cachefiles",
         "blocks.header",
         "blocks.tracefile",
         "device.connector",

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
-from erofs_twisted.blocks.readahead import KIB, MIB, ByteRange, Readahead, Windows
+from erofs_twisted.blocks.link import KIB, MIB
+from erofs_twisted.blocks.readahead import ByteRange, Readahead, Windows
 
 SIZE = 64 * MIB
 BLOCK = 128 * KIB

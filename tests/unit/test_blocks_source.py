@@ -10,6 +10,7 @@ from twisted.internet.defer import CancelledError, Deferred
 from twisted.trial.unittest import SynchronousTestCase
 
 from erofs_twisted.blocks import blobfile
+from erofs_twisted.blocks.queue import LIMIT, RESERVED
 from erofs_twisted.blocks.readahead import ByteRange
 from erofs_twisted.blocks.source import BlobSource
 from erofs_twisted.errors import ReadError
@@ -17,7 +18,8 @@ from erofs_twisted.interfaces import FileSpan, Segment
 from tests.unit.blobs import ScriptedOrigin, ThreadlessReactor, blob, open_cached
 
 CHUNK = 1024
-DATA = blob(16 * CHUNK + 100)
+CHUNKS = 40
+DATA = blob(CHUNKS * CHUNK + 100)
 
 
 class Told:
@@ -69,10 +71,10 @@ class ReadTests(SourceCase):
         self.assertEqual([(CHUNK, 2 * CHUNK)], self.origin.asked)
 
     def test_the_last_chunk_ends_with_the_blob(self) -> None:
-        waiting = self.waits(16 * CHUNK + 50, 50)
-        self.assertEqual([(16 * CHUNK, 100)], self.origin.asked)
+        waiting = self.waits(CHUNKS * CHUNK + 50, 50)
+        self.assertEqual([(CHUNKS * CHUNK, 100)], self.origin.asked)
         self.origin.transfers[0].finish()
-        self.assert_answered(16 * CHUNK + 50, 50, waiting)
+        self.assert_answered(CHUNKS * CHUNK + 50, 50, waiting)
 
     def test_a_reader_wakes_up_with_its_last_chunk_not_at_the_end_of_the_transfer(self) -> None:
         early = self.waits(0, 10)
@@ -126,10 +128,10 @@ class ReadTests(SourceCase):
         self.assertTrue(self.readahead.advice)
 
     def test_stats_count_what_was_fetched_and_what_the_cache_gave(self) -> None:
-        self.waits(16 * CHUNK, 100)
+        self.waits(CHUNKS * CHUNK, 100)
         self.assertEqual(1, self.source.stats.fetches_running)
         self.origin.transfers[0].finish()
-        self.source.read(16 * CHUNK, 30)
+        self.source.read(CHUNKS * CHUNK, 30)
         stats = self.source.stats
         self.assertEqual(
             (100, 30, 0, 0),
@@ -244,17 +246,16 @@ class CancelTests(SourceCase):
         self.assert_answered(CHUNK, CHUNK, self.source.read(CHUNK, CHUNK))
 
     def test_the_place_of_a_cancelled_fetch_is_free_again(self) -> None:
-        readers = [self.waits(chunk * CHUNK, 1) for chunk in range(0, 16, 2)]
-        last = self.waits(15 * CHUNK, 1)
-        self.assertEqual(8, len(self.origin.transfers))
-        readers[0].addErrback(lambda _: None)
-        self.readahead.advice = []
-        wide = self.waits(0, CHUNK)
+        readers = [self.waits(chunk * CHUNK, 1) for chunk in range(0, 2 * LIMIT, 2)]
+        last = self.waits(35 * CHUNK, 1)
+        self.assertEqual(LIMIT, len(self.origin.transfers))
+        readers[0].cancel()
+        self.failureResultOf(readers[0], CancelledError)
+        self.assertEqual(LIMIT, len(self.origin.transfers), "one chunk: it is almost there")
         self.origin.live[0].finish()
-        self.assert_answered(0, CHUNK, wide)
-        self.assertEqual(9, len(self.origin.transfers))
+        self.assertEqual(LIMIT + 1, len(self.origin.transfers))
         self.origin.live[-1].finish()
-        self.assert_answered(15 * CHUNK, 1, last)
+        self.assert_answered(35 * CHUNK, 1, last)
 
     def test_a_reader_that_cancels_another_when_it_is_answered_does_no_harm(self) -> None:
         first = self.waits(0, 10)
@@ -302,19 +303,19 @@ class ReadaheadTests(SourceCase):
         self.assertFalse(self.origin.transfers[1].cancelled)
 
     def test_readahead_leaves_places_for_readers(self) -> None:
-        self.readahead.advice = [(chunk * CHUNK, (chunk + 1) * CHUNK) for chunk in range(1, 12)]
+        self.readahead.advice = [(chunk * CHUNK, (chunk + 1) * CHUNK) for chunk in range(1, 30)]
         self.waits(0, 10)
-        self.assertEqual(7, len(self.origin.transfers))
-        self.waits(12 * CHUNK, 10)
-        self.assertEqual((12 * CHUNK, CHUNK), self.origin.asked[7])
+        self.assertEqual(LIMIT - RESERVED, len(self.origin.transfers))
+        self.waits(30 * CHUNK, 10)
+        self.assertEqual((30 * CHUNK, CHUNK), self.origin.asked[LIMIT - RESERVED])
 
     def test_a_reader_pulls_readahead_that_has_not_begun_to_the_front(self) -> None:
-        self.readahead.advice = [(chunk * CHUNK, (chunk + 1) * CHUNK) for chunk in range(1, 12)]
+        self.readahead.advice = [(chunk * CHUNK, (chunk + 1) * CHUNK) for chunk in range(1, 30)]
         self.waits(0, 10)
-        waiting = self.waits(10 * CHUNK, 10)
-        self.assertEqual((10 * CHUNK, CHUNK), self.origin.asked[7])
-        self.origin.transfers[7].finish()
-        self.assert_answered(10 * CHUNK, 10, waiting)
+        waiting = self.waits(25 * CHUNK, 10)
+        self.assertEqual((25 * CHUNK, CHUNK), self.origin.asked[LIMIT - RESERVED])
+        self.origin.transfers[-1].finish()
+        self.assert_answered(25 * CHUNK, 10, waiting)
 
 
 class PrefetchTests(SourceCase):
@@ -368,11 +369,11 @@ class CloseTests(SourceCase):
         self.assertTrue(self.origin.transfers[0].cancelled)
 
     def test_close_starts_nothing_that_was_queued(self) -> None:
-        readers = [self.waits(chunk * CHUNK, 1) for chunk in range(0, 17, 1)]
+        readers = [self.waits(chunk * CHUNK, 1) for chunk in range(LIMIT + 4)]
         self.successResultOf(self.source.close())
         for reader in readers:
             self.failureResultOf(reader, ReadError)
-        self.assertEqual(8, len(self.origin.transfers))
+        self.assertEqual(LIMIT, len(self.origin.transfers))
 
     def test_a_closed_source_answers_no_read_not_even_from_the_cache(self) -> None:
         self.waits(0, CHUNK)

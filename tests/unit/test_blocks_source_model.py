@@ -22,6 +22,7 @@ from twisted.internet.defer import CancelledError, Deferred
 from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 
+from erofs_twisted.blocks.queue import LIMIT
 from erofs_twisted.blocks.readahead import ByteRange
 from erofs_twisted.blocks.source import BlobSource
 from erofs_twisted.errors import ReadError
@@ -171,8 +172,8 @@ class BlobSourceMachine(RuleBasedStateMachine):
         assert len(coming) == len(set(coming))
 
     @invariant()
-    def no_more_than_eight_transfers_run(self) -> None:
-        assert len(self.origin.live) <= 8
+    def no_more_transfers_run_than_allowed(self) -> None:
+        assert len(self.origin.live) <= LIMIT
 
     def deliver(self, transfer: Transfer, length: int) -> None:
         start = transfer.offset + transfer.position

@@ -12,10 +12,10 @@ from twisted.internet.error import ConnectionRefusedError
 from twisted.trial.unittest import SynchronousTestCase
 from zope.interface.verify import verifyObject
 
-from erofs_twisted.errors import ReadError
+from erofs_twisted.errors import RangesIgnored, ReadError
 from erofs_twisted.interfaces import IBlobReader
 from erofs_twisted.registry.auth import Authorizer
-from erofs_twisted.registry.blob import BlobReader
+from erofs_twisted.registry.blob import SLICED, BlobReader
 from erofs_twisted.registry.digest import Digest
 from erofs_twisted.registry.errors import BlobUnreadable
 from erofs_twisted.registry.manifest import Descriptor
@@ -202,7 +202,7 @@ class WholeBlobTests(BlobTests):
     def test_the_blob_is_never_held_in_memory(self) -> None:
         size, piece = 64 << 20, 64 << 10
         self.make(b"", size)
-        done = self.read(size - piece, piece)
+        done = self.reader.read(0, size, lambda data: None)
         response = self.agent.last.respond(200, None, length=size)
         tracemalloc.start()
         self.addCleanup(tracemalloc.stop)
@@ -211,6 +211,15 @@ class WholeBlobTests(BlobTests):
         response.finish()
         self.successResultOf(done)
         self.assertLess(tracemalloc.get_traced_memory()[1], 10 * piece)
+
+    def test_for_a_part_of_a_large_blob_it_is_left_at_once(self) -> None:
+        size = SLICED + 1
+        self.make(b"", size)
+        done = self.read(0, size - 1)
+        response = self.agent.last.respond(200, None, length=size)
+        self.failureResultOf(done, RangesIgnored)
+        self.assertTrue(response.is_aborted)
+        self.assertEqual([], self.clock.getDelayedCalls())
 
     def test_skipping_does_not_go_on_for_ever(self) -> None:
         size = 1 << 20

@@ -19,7 +19,7 @@ from erofs_twisted.process import ExitStatus
 from erofs_twisted.state.journal import Journal
 from erofs_twisted.state.records import Status
 
-STARTED = ["check", "choose", "open", "attach", "mount"]
+STARTED = ["check", "choose", "open", "attach", "check image", "mount"]
 STOPPED = ["unmount", "detach", "stop server", "close image", "remove directory", "stop pool"]
 
 
@@ -69,6 +69,7 @@ class World:
         return SimpleNamespace(
             export=None,
             resolved=SimpleNamespace(digest="sha256:1"),
+            check=lambda: self.step("check image"),
             abandon=lambda: self.waits["mount"].errback(MountError("EIO")),
             close=lambda: self.step("close image"),
         )
@@ -189,7 +190,7 @@ class OrderTests(MountServiceTestCase):
         self.assertEqual([], list(self.state_dir.iterdir()))
 
     def test_a_failure_at_any_step_takes_back_those_before_it_and_tells_why(self) -> None:
-        undone = {"check": 5, "choose": 4, "open": 4, "attach": 2, "mount": 1}
+        undone = {"check": 5, "choose": 4, "open": 4, "attach": 2, "check image": 1, "mount": 1}
         for number, step in enumerate(STARTED, 1):
             self.begin_anew(World(fails={step: ReadError(f"no luck with {step}")}))
             self.start()
@@ -260,14 +261,14 @@ class InUseTests(MountServiceTestCase):
         self.start()
         self.service.request_stop("SIGINT")
         self.service.request_stop("SIGINT")
-        self.assertEqual(["busy", "unmount lazily", *STOPPED[1:]], self.world.events[5:])
+        self.assertEqual(["busy", "unmount lazily", *STOPPED[1:]], self.world.events[len(STARTED) :])
         self.assert_ended(0)
 
     def test_on_stop_lazy_unmounts_lazily_at_once(self) -> None:
         self.world.busy = 100
         self.start(on_stop="lazy")
         self.service.request_stop("SIGTERM")
-        self.assertEqual(["unmount lazily", *STOPPED[1:]], self.world.events[5:])
+        self.assertEqual(["unmount lazily", *STOPPED[1:]], self.world.events[len(STARTED) :])
 
     def test_the_end_of_the_reactor_does_not_wait_for_users(self) -> None:
         self.world.busy = 100
@@ -291,7 +292,7 @@ class InUseTests(MountServiceTestCase):
         self.start()
         self.world.held = 100  # by the mount, whose reads fail
         self.world.lost.callback(None)
-        self.assertEqual(["unmount lazily", *STOPPED[1:]], self.world.events[5:])
+        self.assertEqual(["unmount lazily", *STOPPED[1:]], self.world.events[len(STARTED) :])
         self.assert_ended(1)
         self.assertIn("disconnected by somebody else", self.record().reason)
         self.assertEqual("", self.record().device, "it was given back")

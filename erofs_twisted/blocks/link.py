@@ -1,0 +1,94 @@
+"""What the way to an origin is like, as its transfers show it. No I/O, no clock: times are arguments.
+
+The round trip is the shortest wait for a first byte, the bandwidth the highest rate of late, as in BBR: a
+queue on the way, or a reader that paused, only ever makes the one longer and the other lower. Their product
+is what the way holds at a time. A request for less than that costs more waiting than bytes; more than a few
+times that in flight only queues up.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+import attrs
+
+KIB = 1024
+MIB = 1024 * KIB
+SAMPLE = 0.1
+"""Seconds over which a rate is taken while transfers run."""
+SHORT_SAMPLE = 0.02
+"""The least of a rate that is cut off by the end of a transfer."""
+ROUND_TRIPS, RATES = 32, 16
+"""How many of the last samples count."""
+UNKNOWN_WINDOW = 4 * MIB
+"""Guesses in flight, in bytes, before anything is known."""
+
+
+@attrs.define
+class Link:
+    """Times and rates of all transfers from one origin."""
+
+    _round_trips: deque[float] = attrs.field(factory=lambda: deque(maxlen=ROUND_TRIPS), init=False)
+    _rates: deque[float] = attrs.field(factory=lambda: deque(maxlen=RATES), init=False)
+    _since: float | None = attrs.field(default=None, init=False)
+    _bytes: int = attrs.field(default=0, init=False)
+
+    @property
+    def round_trip(self) -> float | None:
+        """Seconds from a request to the first byte of its answer."""
+        return min(self._round_trips, default=None)
+
+    @property
+    def bandwidth(self) -> float | None:
+        """Bytes a second, over all transfers."""
+        return max(self._rates, default=None)
+
+    @property
+    def product(self) -> int | None:
+        """Bytes that come within a round trip."""
+        if not self._round_trips or not self._rates:
+            return None
+        return int(min(self._round_trips) * max(self._rates))
+
+    @property
+    def window(self) -> int:
+        """Bytes of guesses worth having in flight: enough to find out that the link gives more."""
+        product = self.product
+        return UNKNOWN_WINDOW if product is None else max(4 * product, MIB)
+
+    def worthwhile(self, default: int, least: int = 64 * KIB, most: int = MIB) -> int:
+        """How much to ask for where little is needed: a round trip's bytes, as a power of two."""
+        product = self.product
+        if product is None:
+            return default
+        return max(least, min(most, 1 << max(product, 1).bit_length() - 1))
+
+    def seconds(self, length: int, sharers: int = 1) -> float | None:
+        """How long ``length`` bytes take, where so many transfers share the link."""
+        bandwidth = self.bandwidth
+        return None if bandwidth is None else length * sharers / bandwidth
+
+    def answered(self, seconds: float) -> None:
+        """The first byte of an answer came so long after the request."""
+        self._round_trips.append(max(seconds, 1e-6))
+
+    def received(self, now: float, length: int) -> None:
+        """So many bytes came now."""
+        if self._since is None:
+            # When the first ones set out is not known, so they are not counted.
+            self._since, self._bytes = now, 0
+            return
+        self._bytes += length
+        if now - self._since >= SAMPLE:
+            self._sample(now)
+            self._since, self._bytes = now, 0
+
+    def idle(self, now: float) -> None:
+        """No transfer runs any more."""
+        if self._since is not None and self._bytes and (now - self._since >= SHORT_SAMPLE or not self._rates):
+            self._sample(now)
+        self._since = None
+
+    def _sample(self, now: float) -> None:
+        assert self._since is not None
+        self._rates.append(self._bytes / max(now - self._since, 1e-4))

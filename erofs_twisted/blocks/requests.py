@@ -1,0 +1,250 @@
+"""What of a blob is on its way: which fetch brings each chunk, and what to do when it doesn't.
+
+Each chunk is asked for once: by this process, or by another one that has the same file of the cache open.
+The exceptions are a chunk far into a guess under way that a reader cannot wait for, and a process that holds
+chunks and does not bring them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+from twisted.internet.interfaces import IReactorTime
+from twisted.logger import Logger
+
+from erofs_twisted.blocks.cache import CachedBlob
+from erofs_twisted.blocks.fetch import Fetch, Priority
+from erofs_twisted.blocks.link import MIB
+from erofs_twisted.blocks.queue import FetchQueue
+from erofs_twisted.blocks.readahead import ByteRange
+from erofs_twisted.errors import RangesIgnored, ReadError
+from erofs_twisted.interfaces import IBlobReader
+
+REQUEST = 1 * MIB
+"""The most that one request asks for where readahead has no say."""
+OTHERS_PATIENCE = 2.0
+"""Seconds without a new chunk after which another process that is to fetch some is waited for no longer."""
+FAR = 0.02
+"""Seconds beyond two round trips that a reader waits in the middle of a guess under way; what would come
+later is asked for once more."""
+
+
+class Requests:
+    """The fetches of one blob.
+
+    ``arrived`` is told of each chunk that is there now, and given its pieces if it could not be kept.
+    ``failed`` is told of chunks that do not come, and why, and if they were only a guess.
+    """
+
+    _log = Logger()
+
+    def __init__(
+        self,
+        reader: IBlobReader,
+        cached: CachedBlob,
+        clock: IReactorTime,
+        queue: FetchQueue,
+        arrived: Callable[[int, Sequence[memoryview] | None], None],
+        failed: Callable[[Sequence[int], ReadError, bool], None],
+    ) -> None:
+        self.bytes_fetched = 0
+        """From the origin, in whole chunks."""
+        self.bytes_unkept = 0
+        """Of those, what could not be stored."""
+        self._reader = reader
+        self._cached = cached
+        self._clock = clock
+        self._queue = queue
+        self._arrived = arrived
+        self._failed = failed
+        self._chunks = cached.chunks
+        self._chunking = cached.chunking
+        self._fetches: dict[int, Fetch] = {}
+        """By each chunk that is to come."""
+        self._whole: Fetch | None = None
+        self._takes_ranges = True
+        self._closed = False
+
+    def request(self, advice: Iterable[ByteRange], first: int, end: int, priority: Priority) -> None:
+        """Fetch what is neither there nor to come, of the advice and of the chunks [first, end)."""
+        for start_byte, end_byte in advice:
+            for start, stop in self._unclaimed(*self._chunking.span(start_byte, end_byte - start_byte)):
+                is_wanted = start < end and first < stop
+                self._fetch(start, stop, priority if is_wanted else max(priority, Priority.AHEAD))
+        for start, stop in self._unclaimed(first, end):
+            for cut in self.cuts(start, stop):
+                self._fetch(*cut, priority)
+        if priority is Priority.DEMAND:
+            self._hurry(first, end)
+        self._queue.start()
+
+    def withdraw(self, first: int, end: int, is_waited_for: Callable[[Sequence[int]], bool]) -> None:
+        """A reader of these chunks left: what comes for it alone is cancelled, unless it is almost there."""
+        fetches = dict.fromkeys(self._fetches[chunk] for chunk in range(first, end) if chunk in self._fetches)
+        for fetch in fetches:
+            almost_there = fetch.started and fetch.remaining <= self._chunking.chunk_size
+            if fetch.is_guess or fetch.whole or almost_there:
+                continue
+            coming = self._chunks_of(fetch)
+            if not is_waited_for(coming):
+                for chunk in coming:
+                    del self._fetches[chunk]
+                fetch.cancel()
+
+    def close(self) -> None:
+        """End all that is under way, and start nothing more."""
+        self._closed = True
+        self._fetches.clear()
+        self._queue.cancel(self)
+
+    def cuts(self, first: int, end: int) -> Iterator[tuple[int, int]]:
+        """The chunks [first, end) in requests of at most `REQUEST` bytes."""
+        step = max(REQUEST >> self._chunking.bits, 1)
+        for start in range(first, end, step):
+            yield start, min(start + step, end)
+
+    def may_start(self, fetch: Fetch) -> bool:
+        """See `erofs_twisted.blocks.fetch.FetchOwner`."""
+        wanted = self._chunks_of(fetch)
+        if not wanted:
+            fetch.cancel()
+            return False
+        span = wanted[0], wanted[-1] + 1
+        if self._cached.claim(*span):
+            fetch.claim = span
+        self._cached.refresh(*span)
+        if any(self._chunks.present(chunk, chunk + 1) for chunk in wanted):
+            self._take_found(fetch, wanted)
+            return False
+        if fetch.claim is not None:
+            return True
+        now = self._clock.seconds()
+        if fetch.refused_at is None:
+            fetch.refused_at = now
+        return now - fetch.refused_at >= OTHERS_PATIENCE
+
+    def chunk_fetched(self, fetch: Fetch, chunk: int, pieces: Sequence[memoryview]) -> None:
+        """See `erofs_twisted.blocks.fetch.FetchOwner`."""
+        self.bytes_fetched += self._chunking.length(chunk)
+        if self._fetches.pop(chunk, None) is None:
+            return  # another fetch was faster
+        stored = self._cached.store(chunk, pieces)
+        if not stored:
+            self.bytes_unkept += self._chunking.length(chunk)
+        self._arrived(chunk, None if stored else pieces)
+
+    def fetch_failed(self, fetch: Fetch, error: ReadError) -> None:
+        """See `erofs_twisted.blocks.fetch.FetchOwner`."""
+        lost = self._chunks_of(fetch)
+        for chunk in lost:
+            del self._fetches[chunk]
+        if isinstance(error, RangesIgnored) and lost:
+            self._fetch_whole(lost)
+            self._queue.start()
+            return
+        self._log.warn(
+            "{length} bytes of {digest} at {offset} could not be fetched: {error}",
+            length=self._chunking.start(fetch.end) - self._chunking.start(fetch.first),
+            digest=self._cached.digest,
+            offset=self._chunking.start(fetch.first),
+            error=error,
+            priority=fetch.priority.name,
+        )
+        self._failed(lost, error, fetch.is_guess)
+        self._queue.start()
+
+    def fetch_ended(self, fetch: Fetch) -> None:
+        """See `erofs_twisted.blocks.fetch.FetchOwner`."""
+        self._release(fetch)
+
+    def _hurry(self, first: int, end: int) -> None:
+        """A reader waits for these chunks: see to it that guesses don't make it wait."""
+        for chunk in range(first, end):
+            fetch = self._fetches.get(chunk)
+            if fetch is None or not fetch.is_guess:
+                continue
+            if not fetch.started:
+                self._queue.promote(fetch)
+            elif self._is_far(fetch, chunk):
+                self._fetch(chunk, min(end, fetch.end), Priority.DEMAND)
+
+    def _is_far(self, fetch: Fetch, chunk: int) -> bool:
+        """Is a chunk better asked for once more than waited for in the middle of a guess?"""
+        before = fetch.before(chunk)
+        if fetch.priority is Priority.BACKGROUND:
+            return before > self._chunking.chunk_size
+        link = self._queue.link
+        wait, round_trip = link.seconds(before, max(self._queue.running, 1)), link.round_trip
+        return wait is not None and round_trip is not None and wait > 2 * round_trip + FAR
+
+    def _unclaimed(self, first: int, end: int) -> Iterator[tuple[int, int]]:
+        """The runs in [first, end) that are neither there nor to come. They may be claimed as they appear."""
+        for start, stop in self._chunks.runs_missing(first, end):
+            run = start
+            for chunk in range(start, stop):
+                if chunk in self._fetches:
+                    if run < chunk:
+                        yield run, chunk
+                    run = chunk + 1
+            if run < stop:
+                yield run, stop
+
+    def _fetch(self, first: int, end: int, priority: Priority) -> None:
+        if not self._takes_ranges:
+            self._fetch_whole(range(first, end))
+            return
+        fetch = Fetch(first, end, priority, self, self._reader, self._chunking)
+        self._fetches.update(dict.fromkeys(range(first, end), fetch))
+        self._queue.add(fetch)
+
+    def _fetch_whole(self, wanted: Sequence[int]) -> None:
+        """From an origin that ignores ranges: all of the blob at once, for everything that is missing."""
+        if self._takes_ranges:
+            self._takes_ranges = False
+            self._log.warn(
+                "the origin of {digest} ignores ranges: the whole blob is fetched", digest=self._cached.digest
+            )
+        whole = self._whole
+        if whole is None or whole.ended or whole.first > min(wanted):
+            count = self._chunking.count
+            whole = Fetch(0, count, Priority.DEMAND, self, self._reader, self._chunking, whole=True)
+            self._whole = whole
+            for start, stop in self._unclaimed(0, count):
+                self._fetches.update(dict.fromkeys(range(start, stop), whole))
+            self._queue.add(whole)
+        self._fetches.update(dict.fromkeys(wanted, whole))
+
+    def _take_found(self, fetch: Fetch, wanted: Sequence[int]) -> None:
+        """Another process has brought some of the chunks that a fetch was for: the rest is fetched anew."""
+        self._release(fetch)
+        fetch.cancel()
+        for chunk in wanted:
+            del self._fetches[chunk]
+        for start, stop in _runs(chunk for chunk in wanted if not self._chunks.present(chunk, chunk + 1)):
+            self._fetch(start, stop, fetch.priority)
+        for chunk in wanted:
+            if chunk not in self._fetches:
+                self._arrived(chunk, None)
+
+    def _chunks_of(self, fetch: Fetch) -> list[int]:
+        """What a fetch is still to bring; another one may have been started for a part of it."""
+        return [chunk for chunk in range(fetch.first, fetch.end) if self._fetches.get(chunk) is fetch]
+
+    def _release(self, fetch: Fetch) -> None:
+        if fetch.claim is not None:
+            if not self._closed:
+                self._cached.release(*fetch.claim)
+            fetch.claim = None
+
+
+def _runs(chunks: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """Ascending numbers as runs [from, to)."""
+    start = stop = -1
+    for chunk in chunks:
+        if chunk != stop:
+            if start < stop:
+                yield start, stop
+            start = chunk
+        stop = chunk + 1
+    if start < stop:
+        yield start, stop

@@ -1,0 +1,113 @@
+"""The rest of a blob, while its link has nothing else to do; then the check that all of it is right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import attrs
+from twisted.internet.defer import Deferred
+from twisted.internet.task import deferLater
+from twisted.logger import Logger
+
+from erofs_twisted.blocks.cache import CorruptBlob
+from erofs_twisted.blocks.fetch import Priority
+from erofs_twisted.blocks.lanes import in_lanes
+from erofs_twisted.blocks.link import KIB, MIB, Link
+from erofs_twisted.blocks.source import BlobSource
+from erofs_twisted.errors import ReadError
+
+LANES = 2
+"""Requests at a time: while the one is asked for, the other's bytes come."""
+URGENT_LANES = 8
+"""The same, where a mount waits for all of it."""
+RETRY_SECONDS = 60.0
+"""From a failure, after every retry of the origin's client, to the next try."""
+
+
+class CacheFull(ReadError):
+    """What is fetched is not kept, so there is no use in fetching more."""
+
+
+@attrs.define
+class Fill:
+    """Fills the cached blob of ``source``, by at most ``rate`` bytes a second.
+
+    ``room`` says how many bytes the cache can still take; None stands for any number.
+    """
+
+    clock: Any
+    source: BlobSource
+    link: Link
+    room: Callable[[], Deferred[int | None]]
+    rate: int | None = None
+    _paid_until: float = attrs.field(default=0.0, init=False)
+    _log = Logger()
+
+    async def when_idle(self) -> None:
+        """Fill with idle bandwidth, and check the digest; go on after failures. Ends when all is there, or
+        when there is no use in going on, which is logged."""
+        while True:
+            try:
+                await self._check_room()
+                await self._fill(Priority.BACKGROUND, LANES)
+                await self.source.verify()
+            except (CacheFull, CorruptBlob) as error:
+                if isinstance(error, CacheFull):  # the other one was said by the cache
+                    self._log.warn(
+                        "the rest of {digest} is not filled in: {reason}",
+                        reason=str(error),
+                        digest=self.source.digest,
+                    )
+                return
+            except ReadError as error:
+                self._log.info(
+                    "the background fill pauses for {seconds:g} s: {reason}",
+                    seconds=RETRY_SECONDS,
+                    reason=str(error),
+                )
+                await deferLater(self.clock, RETRY_SECONDS)
+            else:
+                return
+
+    async def now(self) -> None:
+        """Fetch all that is missing, and check the digest. Raises `ReadError`."""
+        await self._fill(Priority.AHEAD, URGENT_LANES)
+        await self.source.verify()
+
+    async def _check_room(self) -> None:
+        room, missing = await self.room(), self.source.bytes_missing
+        if room is not None and missing > room:
+            raise CacheFull(f"{missing} bytes are missing, and the cache has room for {room}")
+
+    async def _fill(self, priority: Priority, lanes: int) -> None:
+        unkept = self.source.stats.bytes_unkept
+        position = 0
+
+        async def fetch_in_turn() -> None:
+            nonlocal position
+            while (missing := self.source.next_missing(position, self._request_size())) is not None:
+                start, end = missing
+                position = end
+                await self._pace(end - start)
+                await self.source.prefetch(start, end - start, priority)
+                if self.source.stats.bytes_unkept > unkept:
+                    raise CacheFull("the cache is full, see --cache-size and the disk's free space")
+
+        while self.source.next_missing(0, MIB) is not None:
+            # Once more, for what was missing again behind the lanes' backs.
+            position = 0
+            await in_lanes(lanes, fetch_in_turn)
+
+    def _request_size(self) -> int:
+        """What comes in about a round trip: a reader that comes meanwhile shares the link for no longer."""
+        return self.link.worthwhile(256 * KIB)
+
+    async def _pace(self, length: int) -> None:
+        if self.rate is None:
+            return
+        now = self.clock.seconds()
+        pause = self._paid_until - now
+        self._paid_until = max(self._paid_until, now) + length / self.rate
+        if pause > 0:
+            await deferLater(self.clock, pause)
