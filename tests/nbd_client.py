@@ -10,6 +10,7 @@ from twisted.internet.testing import StringTransport
 
 from erofs_twisted.interfaces import IExport
 from erofs_twisted.nbd.handshake import Agreed, Handshake
+from erofs_twisted.nbd.pages import DiskReaders
 from erofs_twisted.nbd.protocol import NBDServerProtocol
 from erofs_twisted.nbd.wire import (
     BASE_ALLOCATION,
@@ -28,6 +29,7 @@ from erofs_twisted.nbd.wire import (
     OptionReply,
     ReplyType,
 )
+from tests.unit.threadless import HeldPool, ThreadlessReactor
 
 OptionAnswer = tuple[int, int, bytes]
 """An option, the type of a reply to it, the reply's payload."""
@@ -153,11 +155,13 @@ def _chunk(kind: ReplyType, cookie: int, payload: bytes) -> Reply:
 
 
 class Client:
-    """A client of an `NBDServerProtocol` whose transport is a string."""
+    """A client of an `NBDServerProtocol` whose transport is a string. ``pool`` has the threads that read
+    files in."""
 
     def __init__(self, opening: Handshake | Agreed) -> None:
+        self.pool = HeldPool()
         self.transport = StringTransport()
-        self.protocol = NBDServerProtocol(opening)
+        self.protocol = NBDServerProtocol(opening, DiskReaders(ThreadlessReactor(), lambda: self.pool))
         self.protocol.makeConnection(self.transport)
 
     @classmethod

@@ -8,6 +8,7 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from erofs_twisted.nbd.handshake import Agreed, Ended, Handshake
+from erofs_twisted.nbd.pages import DiskReaders
 from erofs_twisted.nbd.serving import Serving
 
 
@@ -15,12 +16,14 @@ class NBDServerProtocol(Protocol):
     """One client, from its first byte to its last.
 
     It opens with a handshake, or in the transmission phase where all is agreed beforehand, as with a kernel.
+    ``readers`` are those of the server.
     """
 
     _log = Logger()
 
-    def __init__(self, opening: Handshake | Agreed) -> None:
+    def __init__(self, opening: Handshake | Agreed, readers: DiskReaders) -> None:
         self._opening = opening
+        self._readers = readers
         self._serving: Serving | None = None
         self._ended = False
         self._waiting: list[Deferred[None]] = []
@@ -89,7 +92,11 @@ class NBDServerProtocol(Protocol):
 
     def _serve(self, agreed: Agreed) -> Serving:
         self._serving = Serving(
-            agreed.export, self.transport, structured=agreed.structured, allocation=agreed.allocation
+            agreed.export,
+            self.transport,
+            self._readers,
+            structured=agreed.structured,
+            allocation=agreed.allocation,
         )
         # From here on nothing needs to stand between the transport and what serves.
         self.dataReceived = self._serving.receive  # type: ignore[method-assign]

@@ -13,6 +13,7 @@ from zope.interface import implementer
 
 from erofs_twisted.interfaces import IExport, INBDServer
 from erofs_twisted.nbd.handshake import Agreed, Handshake
+from erofs_twisted.nbd.pages import DiskReaders
 from erofs_twisted.nbd.port import OwnerPort
 from erofs_twisted.nbd.protocol import NBDServerProtocol
 from erofs_twisted.nbd.transport import SpanTransport
@@ -32,6 +33,7 @@ class NBDServer:
         self._reactor = reactor
         self._connections: set[NBDServerProtocol] = set()
         self._ports: list[OwnerPort] = []
+        self._readers = DiskReaders(reactor)
 
     def adopt(self, sock: socket.socket, export: IExport) -> Deferred[None]:
         protocol = self._connection(Agreed(export, structured=False, allocation=False))
@@ -54,7 +56,7 @@ class NBDServer:
         """Listen no longer, refuse new requests, and close every connection.
 
         Requests under way have ``drain`` seconds to be answered, clients `CLOSE` seconds more to take the
-        answers. Ends when every connection is closed.
+        answers. Ends when every connection is closed, and no thread reads for one, unless a disk holds it.
         """
         ports, self._ports = self._ports, []
         await gatherResults([maybeDeferred(port.stopListening) for port in ports], consumeErrors=True)
@@ -67,6 +69,7 @@ class NBDServer:
         for connection in list(self._connections):
             connection.abort()
         await self._lost(self._connections, None)
+        await self._readers.stop()
 
     async def _lost(self, connections: Iterable[NBDServerProtocol], seconds: float | None) -> None:
         """Wait until ``connections`` are all lost, or ``seconds`` are over."""
@@ -76,7 +79,7 @@ class NBDServer:
         await lost
 
     def _connection(self, opening: Handshake | Agreed) -> NBDServerProtocol:
-        protocol = NBDServerProtocol(opening)
+        protocol = NBDServerProtocol(opening, self._readers)
         self._connections.add(protocol)
         _ = protocol.when_lost().addCallback(lambda _: self._connections.discard(protocol))
         return protocol

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,11 +11,11 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from erofs_twisted.errors import ReadError
 from erofs_twisted.interfaces import FileSpan, IExport, Segment
 from erofs_twisted.nbd.errors import FramingLost, WireError, is_expected, wire_error, wire_message
+from erofs_twisted.nbd.pages import DiskReaders, Files
 from erofs_twisted.nbd.transmission import Answered, BlockStatus, Disconnect, Prefetch, Read, Transmission
-from erofs_twisted.nbd.transport import ISpanTransport
+from erofs_twisted.nbd.transport import ISpanTransport, Sendable
 from erofs_twisted.nbd.wire import MAXIMUM_PAYLOAD
 
 MAX_REQUESTS = 256
@@ -42,19 +41,29 @@ class Serving:
     """Serves ``export`` to the client at the other end of ``transport``.
 
     Give what the client sends to `receive`, and tell it by `lost` when the transport is. It registers itself
-    as the transport's producer: it takes no request while the client does not take the replies.
+    as the transport's producer: it takes no request while the client does not take the replies. ``readers``
+    read in what is to be sent and is not in memory.
     """
 
     _log = Logger()
 
-    def __init__(self, export: IExport, transport: Any, *, structured: bool, allocation: bool) -> None:
+    def __init__(
+        self,
+        export: IExport,
+        transport: Any,
+        readers: DiskReaders,
+        *,
+        structured: bool,
+        allocation: bool,
+    ) -> None:
         self._export = export
+        self._files = Files(readers)
         self._transport = transport
         self._machine = Transmission(export.size, structured=structured, allocation=allocation)
         self._content_header = self._machine.replies.content
         self._pending: dict[Deferred[Any], int] = {}
         self._pending_bytes = 0
-        self._replies: list[Segment] = []
+        self._replies: list[Sendable] = []
         self._replies_bytes = 0
         self._serving = False
         self._paused = False
@@ -79,6 +88,7 @@ class Serving:
         """The client is gone: withdraw from everything that was started for it. Idempotent."""
         self._over = self._blocked = True
         self._cancel()
+        self._files.close()
 
     def shut_down(self) -> None:
         """Refuse new requests, and close when those under way are answered."""
@@ -154,18 +164,41 @@ class Serving:
             self._refuse(request, Failure(error))
 
     def _put_content(self, request: Read, segments: list[Segment]) -> None:
-        """Answer a read with ``segments``, all of which are at hand once its header is put."""
+        """Answer a read with ``segments``, now if all of them are in memory, else when they are."""
         cookie, offset, length = request
-        answer: list[Segment] = [self._content_header(cookie, offset, length)]
+        answer: list[Sendable] = [self._content_header(cookie, offset, length)]
         given = 0
         for segment in segments:
             if isinstance(segment, FileSpan):
-                given += segment.length
-                if segment.length <= self._inline:
-                    segment = _load(segment)
+                size = segment.length
+                given += size
+                pages = self._files[segment.fd]
+                if size <= self._inline:
+                    data = pages.peek(segment.offset, size)
+                    if data is None:
+                        self._read_in(request, segments)
+                        return
+                    answer.append(data)
+                    continue
+                if not pages.has(segment.offset, size):
+                    self._read_in(request, segments)
+                    return
             else:
                 given += len(segment)
             answer.append(segment)
+        self._put_answer(answer, given, length)
+
+    def _read_in(self, request: Read, segments: list[Segment]) -> None:
+        loaded = Deferred.fromCoroutine(self._files.load(segments, self._inline))
+        self._await(loaded, request, self._put_loaded, request.length)
+
+    def _put_loaded(self, request: Read, segments: list[Sendable]) -> None:
+        """Answer a read with ``segments`` whose spans have just been read in."""
+        cookie, offset, length = request
+        given = sum(each.length if isinstance(each, FileSpan) else len(each) for each in segments)
+        self._put_answer([self._content_header(cookie, offset, length), *segments], given, length)
+
+    def _put_answer(self, answer: list[Sendable], given: int, length: int) -> None:
         if given != length:
             raise ValueError(f"the export gave {given} bytes for a read of {length}")
         self._replies += answer
@@ -276,10 +309,3 @@ class Serving:
         self._over = self._blocked = True
         self._transport.unregisterProducer()
         self._transport.loseConnection()
-
-
-def _load(span: FileSpan) -> bytes:
-    data = os.pread(span.fd, span.length, span.offset)
-    if len(data) != span.length:
-        raise ReadError(f"file descriptor {span.fd} has {len(data)} of {span.length} bytes at {span.offset}")
-    return data

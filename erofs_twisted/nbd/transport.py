@@ -26,13 +26,15 @@ TURN = 4 << 20
 SEND_BUFFER = 1 << 20
 """Bytes that the kernel is asked to hold for the peer: with few, each piece wakes up both sides."""
 
+Sendable = Segment | bytearray
+
 _SO_SNDBUFFORCE = 32  # <asm-generic/socket.h>; the socket module has no name for it
 
 
 class ISpanTransport(ITransport):
     """A transport that takes spans of files too."""
 
-    def write_segments(segments: Sequence[Segment]) -> None:
+    def write_segments(segments: Sequence[Sendable]) -> None:
         """Send ``segments`` in order, at once as far as the peer takes them.
 
         Where a `FileSpan` cannot be read in full when its turn comes, the connection is lost: what went
@@ -66,9 +68,10 @@ class SpanTransport(FileDescriptor):
         sock.setblocking(False)
         _set_send_buffer(sock)
         self.socket = sock
+        self._fd = sock.fileno()
         self.protocol = protocol
         self.connected = 1
-        self._queue: deque[memoryview | FileSpan] = deque()
+        self._queue: deque[bytes | bytearray | memoryview | FileSpan] = deque()
         self._allowance = TURN
         self._failure: ConnectionLost | None = None
         self._aborted = False
@@ -92,7 +95,7 @@ class SpanTransport(FileDescriptor):
     def writeSequence(self, iovec: Iterable[bytes]) -> None:
         self.write_segments(tuple(iovec))
 
-    def write_segments(self, segments: Sequence[Segment]) -> None:
+    def write_segments(self, segments: Sequence[Sendable]) -> None:
         if not self.connected or self._writeDisconnected or self._aborted or self._failure:
             return
         goes_now = not self._queue
@@ -160,19 +163,19 @@ class SpanTransport(FileDescriptor):
         self.socket.close()
         self.protocol.connectionLost(reason)
 
-    def _enqueue(self, segments: Sequence[Segment]) -> None:
+    def _enqueue(self, segments: Sequence[Sendable]) -> None:
         """Queue ``segments``, neighbouring bytes as one: a call to the kernel costs more than a copy."""
-        run: list[bytes] = []
+        run: list[bytes | bytearray] = []
         for segment in segments:
             if isinstance(segment, FileSpan):
                 if run:
-                    self._queue.append(memoryview(b"".join(run)))
+                    self._queue.append(run[0] if len(run) == 1 else b"".join(run))
                     run = []
                 self._queue.append(segment)
             elif segment:
                 run.append(segment)
         if run:
-            self._queue.append(memoryview(b"".join(run)))
+            self._queue.append(run[0] if len(run) == 1 else b"".join(run))
 
     def _send(self) -> None:
         """Send until the queue is empty, the peer's buffer full, the turn over, or the connection lost."""
@@ -203,17 +206,17 @@ class SpanTransport(FileDescriptor):
             self._failure = ConnectionLost(str(error))
             self._log.error("a client is cut off in the middle of a reply: {reason}", reason=str(error))
 
-    def _send_bytes(self, view: memoryview, *, more: bool) -> int:
-        sent = self.socket.send(view, socket.MSG_MORE if more else 0)
-        if sent == len(view):
+    def _send_bytes(self, data: bytes | bytearray | memoryview, *, more: bool) -> int:
+        sent = self.socket.send(data, socket.MSG_MORE if more else 0)
+        if sent == len(data):
             self._queue.popleft()
         else:
-            self._queue[0] = view[sent:]
+            self._queue[0] = memoryview(data)[sent:]
         return sent
 
     def _send_span(self, span: FileSpan) -> int:
         length = min(span.length, self._allowance)
-        sent = os.sendfile(self.socket.fileno(), span.fd, span.offset, length)
+        sent = os.sendfile(self._fd, span.fd, span.offset, length)
         if sent == 0:
             raise OSError(errno.EIO, f"file descriptor {span.fd} has no byte at {span.offset}")
         if sent == span.length:

@@ -15,11 +15,13 @@ from twisted.trial.unittest import SynchronousTestCase
 from erofs_twisted.interfaces import FileSpan, Segment
 from erofs_twisted.nbd.errors import WireError
 from erofs_twisted.nbd.handshake import Agreed, Handshake
+from erofs_twisted.nbd.pages import DiskReaders
 from erofs_twisted.nbd.protocol import NBDServerProtocol
 from erofs_twisted.nbd.serving import BATCH, MAX_BACKLOG, MAX_BYTES, MAX_REQUESTS, SMALL
 from erofs_twisted.nbd.wire import REQUEST, Command, Option, OptionReply
 from tests.exports import BytesExport, FileExport, SlowExport
 from tests.nbd_client import Client, Reply, option, read, request, types
+from tests.unit.threadless import ThreadlessReactor
 
 CONTENT = bytes(range(256)) * 256
 
@@ -169,7 +171,8 @@ class _Watched(StringTransport):
 def _watched(export: BytesExport, written: Callable[[bytes], object]) -> Client:
     client = Client.kernel(export)
     client.transport = _Watched(written)
-    client.protocol = NBDServerProtocol(Agreed(export, structured=False, allocation=False))
+    readers = DiskReaders(ThreadlessReactor(), lambda: client.pool)
+    client.protocol = NBDServerProtocol(Agreed(export, structured=False, allocation=False), readers)
     client.protocol.makeConnection(client.transport)
     return client
 
@@ -263,7 +266,9 @@ class FileSpanTests(SynchronousTestCase):
     def test_a_file_that_has_become_shorter_is_eio_without_content(self) -> None:
         os.truncate(self.path, 100)
         client = Client.structured(self.export)
-        (reply,) = client.exchange(read(50, 100))
+        client.send(read(50, 100))
+        client.pool.run()
+        (reply,) = client.replies()
         self.assertEqual((WireError.EIO, b""), (reply.error, reply.content))
 
 

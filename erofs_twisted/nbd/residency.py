@@ -1,0 +1,82 @@
+"""Which pages of a file are in memory, told without touching any of them."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+
+PAGE = mmap.PAGESIZE
+MAP_FAILED = ctypes.c_void_p(-1).value
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = (
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_longlong,
+)
+_libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+_libc.mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
+
+
+class Residency:
+    """The pages of the open file ``fd``, by mincore(2) over a mapping that nobody reads through.
+
+    The mapping holds the file itself, whatever becomes of ``fd``, until `close`. Raises OSError where the
+    file cannot be mapped. Not for files of other users, unless we may write to them: of those the kernel says
+    that all is in memory.
+
+    cachestat(2) takes a third of the time, but counts pages that are still being read too.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._address = 0
+        self._size = 0
+        self._pages = bytearray()
+        self._vector = 0
+        self._map()
+
+    def covers(self, offset: int, length: int) -> bool:
+        """Whether every page of [offset, offset + length) is in memory and can be read at once."""
+        end = offset + length
+        if end > self._size and not self._grown_to(end):
+            return False
+        start = offset - offset % PAGE
+        count = (end - start + PAGE - 1) // PAGE
+        if count > len(self._pages):
+            self._make_room(count)
+        if _libc.mincore(self._address + start, end - start, self._vector):
+            return False
+        return self._pages.find(0, 0, count) < 0
+
+    def close(self) -> None:
+        """Give the mapping up. Idempotent."""
+        if self._address:
+            _libc.munmap(self._address, self._size)
+            self._address = self._size = 0
+
+    def _map(self) -> None:
+        size = os.fstat(self._fd).st_size
+        if not size:
+            return  # there is nothing to map, and nothing to read either
+        address = _libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, self._fd, 0)
+        if address in (None, MAP_FAILED):
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number))
+        self._address, self._size = address, size
+
+    def _grown_to(self, end: int) -> bool:
+        if not self._address or os.fstat(self._fd).st_size < end:
+            return False
+        self.close()
+        self._map()
+        return end <= self._size
+
+    def _make_room(self, count: int) -> None:
+        self._pages = bytearray(count)
+        self._vector = ctypes.addressof(ctypes.c_char.from_buffer(self._pages))
