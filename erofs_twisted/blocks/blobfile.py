@@ -16,6 +16,7 @@ import os
 import stat
 import struct
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cache
 
 import attrs
@@ -95,6 +96,7 @@ class BlobFile:
             if file.verified and not chunks.complete:
                 raise DamagedFile("it was verified, but is not complete")
             fcntl.flock(fd, fcntl.LOCK_SH)
+            file.touch()
         except BaseException:
             os.close(fd)
             raise
@@ -115,6 +117,14 @@ class BlobFile:
             os.close(fd)
             os.unlink(path)
             raise
+        return cls(identity, fd, verified=False)
+
+    @classmethod
+    def nowhere(cls, identity: BlobIdentity) -> BlobFile:
+        """A file of that shape in no directory, for those who need one though nothing can be kept. Raises
+        OSError."""
+        fd = os.memfd_create(identity.digest, os.MFD_CLOEXEC)
+        os.ftruncate(fd, identity.file_size)
         return cls(identity, fd, verified=False)
 
     def is_at(self, path: str) -> bool:
@@ -225,8 +235,15 @@ class BlobFile:
             _write_fully(self.fd, [_PRESENT], self.identity.header_offset + POISONED_AT)
             os.fdatasync(self.fd)
 
+    def touch(self) -> None:
+        """Say that the file was used now. Its time of last change tells, for that of last access may not be
+        kept (noatime). Raises OSError."""
+        os.utime(self.fd)
+
     def close(self) -> None:
         """Close the file, and give back its locks."""
+        with suppress(OSError):
+            self.touch()
         os.close(self.fd)
 
     def _enter_boot(self) -> None:

@@ -7,10 +7,7 @@ yields a wrong byte.
 
 from __future__ import annotations
 
-import fcntl
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import attrs
@@ -18,11 +15,10 @@ from twisted.internet.defer import Deferred
 from twisted.internet.threads import deferToThreadPool
 from twisted.logger import Logger
 
-from erofs_twisted.blocks.blobfile import BlobFile, UsedElsewhere, is_in_use
 from erofs_twisted.blocks.cached import CachedBlob, CorruptBlob
-from erofs_twisted.blocks.chunks import CHUNK_SIZE, Chunking, ChunkMap
-from erofs_twisted.blocks.header import BlobIdentity, DamagedFile, OtherVersion
-from erofs_twisted.errors import MountError
+from erofs_twisted.blocks.cachefiles import CacheError, CacheFiles
+from erofs_twisted.blocks.chunks import CHUNK_SIZE, Chunking
+from erofs_twisted.blocks.header import BlobIdentity
 from erofs_twisted.registry.digest import Digest
 
 if TYPE_CHECKING:
@@ -30,97 +26,123 @@ if TYPE_CHECKING:
 
 __all__ = ["CacheDirectory", "CacheError", "CachedBlob", "CorruptBlob"]
 
+BUDGET = 256 << 20
+"""The most bytes that are stored before the directory is looked at again."""
+LIMIT_SHARE = 8
+"""Nor are more than one part in so many of the limit."""
+LOOK_SECONDS = 5.0
+"""How often it is looked at, at the most, while there is no room."""
+
 _T = TypeVar("_T")
 
 
-class CacheError(MountError):
-    """The cache directory cannot be used."""
-
-
-@attrs.frozen
+@attrs.define(eq=False)
 class CacheDirectory:
-    """The files below ``path``: ``sha256/HEX`` holds the blob ``sha256:HEX``.
+    """The blobs below ``path``, which take no more than ``limit`` bytes of the disk; None: any number.
 
-    ``pool`` is where files are opened, synced and hashed; it is started, and outlives every open blob.
+    ``pool`` is where files are opened, synced, hashed and evicted; it is started, and outlives every open
+    blob.
     """
 
     reactor: Any
     pool: ThreadPool
     path: str
     chunk_size: int = CHUNK_SIZE
+    limit: int | None = None
+    files: CacheFiles = attrs.field(init=False)
+    _budget: int = attrs.field(init=False)
+    _left: int = attrs.field(default=0, init=False)
+    """Bytes that may be stored before the directory has been looked at again."""
+    _full: bool = attrs.field(default=False, init=False)
+    _looking: bool = attrs.field(default=False, init=False)
+    _not_before: float = attrs.field(default=0.0, init=False)
 
     _log = Logger()
+
+    def __attrs_post_init__(self) -> None:
+        self.files = CacheFiles(self.path, self.limit)
+        share = BUDGET if self.limit is None else self.limit // LIMIT_SHARE
+        self._budget = max(min(BUDGET, share), 4 * self.chunk_size)
 
     def open(self, digest: str, size: int) -> Deferred[CachedBlob]:
         """Open the blob's file, or make it.
 
-        The Deferred fails with `CacheError`, or `erofs_twisted.registry.errors.InvalidDigest`.
+        The Deferred fails with `CacheError`, or `erofs_twisted.registry.errors.InvalidDigest`. On a full disk
+        there is a `CachedBlob` that keeps nothing.
         """
         return Deferred.fromCoroutine(self._open(digest, size))
 
-    async def _open(self, digest: str, size: int) -> CachedBlob:
-        named = Digest.parse(digest)
-        path = os.path.join(self.path, named.algorithm, named.encoded)
-        identity = BlobIdentity(named, Chunking(size, self.chunk_size))
-        try:
-            file, chunks, damage = await self.in_thread(self._open_file, path, identity)
-        except OSError as error:
-            raise CacheError(
-                f"cannot use the cache directory {self.path}: {error}; choose another with --cache-dir"
-            ) from error
-        if damage:
-            self._log.warn("the cached copy {path} was dropped: {damage}", path=path, damage=damage)
-        return CachedBlob(self, file, path, chunks)
+    def room(self) -> Deferred[int | None]:
+        """A Deferred of the bytes that can be stored if what is not in use is evicted. It fails with OSError
+        or `CacheError`."""
+        return self.in_thread(self.files.room)
 
-    def in_thread(self, function: Callable[..., _T], *arguments: object) -> Deferred[_T]:
+    def take(self, length: int) -> bool:
+        """May this many bytes be stored now? If so, they are counted."""
+        if self._left - length < self._budget // 2:
+            self._look()
+        if self._left < length:
+            return False
+        # After the look, which does not see bytes that are still to be written.
+        self._left -= length
+        return True
+
+    def disk_is_full(self) -> None:
+        """There was no space to store what `take` had granted."""
+        self._left = 0
+        self._look(disk_is_full=True)
+
+    def in_thread(self, function: Callable[..., _T], *arguments: object, **named: object) -> Deferred[_T]:
         """Run what may block."""
-        return deferToThreadPool(self.reactor, self.pool, function, *arguments)
+        return deferToThreadPool(self.reactor, self.pool, function, *arguments, **named)
 
-    def _open_file(self, path: str, identity: BlobIdentity) -> tuple[BlobFile, ChunkMap, str]:
-        os.makedirs(self.path, 0o700, exist_ok=True)
-        with self._locked():
-            os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
-            damage = ""
-            try:
-                return *BlobFile.open(path, identity), damage
-            except FileNotFoundError:
-                pass
-            except UsedElsewhere as error:
-                raise CacheError(
-                    f"a process of another system, or of a container with a boot id of its own, uses {path}; "
-                    "a cache directory is for one system: choose another with --cache-dir"
-                ) from error
-            except OtherVersion as error:
-                if error.newer and is_in_use(path):
-                    raise CacheError(
-                        f"{path} is in use: {error}; choose another directory with --cache-dir"
-                    ) from error
-                damage = str(error)
-                os.unlink(path)
-            except DamagedFile as error:
-                damage = str(error)
-                os.unlink(path)
-            return BlobFile.create(path, identity), ChunkMap(identity.chunking.count), damage
+    async def _open(self, digest: str, size: int) -> CachedBlob:
+        identity = BlobIdentity(Digest.parse(digest), Chunking(size, self.chunk_size))
+        path = self.files.path_of(identity.digest)
+        opened = await self.in_thread(self.files.open, identity)
+        if opened.damage:
+            self._log.warn("the cached copy {path} was dropped: {damage}", path=path, damage=opened.damage)
+        if not opened.kept:
+            self._log.error(
+                "no space is left for a cache file in {path}, and nothing there can be evicted; until the "
+                "next mount, what is read is fetched and not kept",
+                path=self.path,
+            )
+        cached = CachedBlob(self, opened.file, path, opened.chunks, opened.kept)
+        if opened.kept:
+            await self._looked(0 if opened.chunks.complete else self._budget)
+        return cached
 
-    def remove(self, file: BlobFile, path: str) -> None:
-        """Unlink an open file, unless another took its name meanwhile. Blocks; raises OSError."""
-        with self._locked():
-            if file.is_at(path):
-                os.unlink(path)
+    def _look(self, *, disk_is_full: bool = False) -> None:
+        if self._looking or self.reactor.seconds() < self._not_before:
+            return
+        _ = Deferred.fromCoroutine(self._looked(self._budget, disk_is_full)).addErrback(
+            lambda failure: self._log.failure("the cache directory {path}", failure, path=self.path)
+        )
 
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        """Nobody else opens, makes or unlinks a file here meanwhile. Raises `CacheError`."""
-        fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    async def _looked(self, wanted: int, disk_is_full: bool = False) -> None:
+        """Evict what has to be, and see how much may be stored."""
+        self._looking = True
+        left = self._left
         try:
-            status = os.fstat(fd)
-            if status.st_uid != os.geteuid() or status.st_mode & 0o022:
-                raise CacheError(
-                    f"others may write to the cache directory {self.path}, so what it holds cannot be "
-                    "trusted; give it to the user that runs this, mode 0700, or "
-                    "choose another with --cache-dir"
-                )
-            fcntl.flock(fd, fcntl.LOCK_EX)
-            yield
+            room = await self.in_thread(self.files.make_room, wanted, disk_is_full=disk_is_full)
+        except (OSError, CacheError) as error:
+            self._log.error("cannot look into the cache directory: {error}", error=error)
+            room = 0
         finally:
-            os.close(fd)
+            self._looking = False
+        taken_meanwhile = max(left - self._left, 0)
+        self._left = room - taken_meanwhile
+        full = room < min(self.chunk_size, wanted)
+        if full:
+            self._not_before = self.reactor.seconds() + LOOK_SECONDS
+        if full and not self._full:
+            self._log.warn(
+                "the cache directory {path} is full ({limit}), and all of it is in use; what is read now is "
+                "not kept",
+                path=self.path,
+                limit="its disk nearly so" if self.limit is None else f"--cache-size is {self.limit} bytes",
+            )
+        elif self._full and not full:
+            self._log.info("the cache directory {path} has room again", path=self.path)
+        self._full = full

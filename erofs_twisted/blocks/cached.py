@@ -10,6 +10,7 @@ from twisted.internet.defer import Deferred, DeferredLock, fail, succeed
 from twisted.logger import Logger
 
 from erofs_twisted.blocks.blobfile import BlobFile, OtherDigest, Synced
+from erofs_twisted.blocks.cachefiles import NO_SPACE
 from erofs_twisted.blocks.chunks import FRESH, ChunkMap
 from erofs_twisted.blocks.header import DamagedFile
 from erofs_twisted.errors import ReadError
@@ -35,7 +36,9 @@ class CachedBlob:
 
     _log = Logger()
 
-    def __init__(self, directory: CacheDirectory, file: BlobFile, path: str, chunks: ChunkMap) -> None:
+    def __init__(
+        self, directory: CacheDirectory, file: BlobFile, path: str, chunks: ChunkMap, kept: bool = True
+    ) -> None:
         self.digest = file.identity.digest
         self.chunking = file.identity.chunking
         self.size = self.chunking.size
@@ -51,7 +54,7 @@ class CachedBlob:
         self._flushing = DeferredLock()
         self._verifying: list[Deferred[None]] | None = None
         self._writes_fail = False
-        self._lost = False
+        self._lost = not kept
         """Is the file of no use any more?"""
         self._closing = False
         self._timer: Any = None
@@ -62,6 +65,8 @@ class CachedBlob:
         """Keep a whole chunk, for every process. It is there if this returns True, else it could not be kept
         (disk full)."""
         if self._closing or self._lost or self.error:
+            return False
+        if not self._directory.take(self.chunking.length(chunk)):
             return False
         try:
             self._file.write(chunk, pieces)
@@ -76,6 +81,8 @@ class CachedBlob:
                     error=error,
                 )
             self._writes_fail = True
+            if error.errno in NO_SPACE:
+                self._directory.disk_is_full()
             return False
         if self._writes_fail:
             self._log.info("the cache file {path} can be written again", path=self._path)
@@ -276,6 +283,6 @@ class CachedBlob:
         try:
             if poisoned:
                 await self._directory.in_thread(self._file.poison)
-            await self._directory.in_thread(self._directory.remove, self._file, self._path)
+            await self._directory.in_thread(self._directory.files.remove, self._file, self._path)
         except OSError as error:
             self._log.error("cannot remove the cache file {path}: {error}", path=self._path, error=error)
