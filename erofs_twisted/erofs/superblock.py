@@ -124,7 +124,7 @@ class Superblock:
         features = _features(incompatible)
         _check_single_device(extra_devices)
         root_nid = root_nid_or_blocks_high
-        if incompatible & INCOMPAT_48BIT:
+        if incompatible & INCOMPAT_48BIT and root_nid_48bit:
             blocks |= root_nid_or_blocks_high << 32
             root_nid = root_nid_48bit
         parsed = cls(

@@ -95,7 +95,12 @@ class FineTests(SynchronousTestCase):
     def test_48_bit_addresses_move_the_root_and_widen_the_count(self) -> None:
         found = Superblock.parse(image(incompatible=0x80, root_nid=0, root_nid_48bit=70), SIZE)
         self.assertEqual((70, 100), (found.root_nid, found.blocks))
-        self.assertRaises(SuperblockError, Superblock.parse, image(incompatible=0x80, root_nid=1), SIZE)
+        wider = image(incompatible=0x80, root_nid=1, root_nid_48bit=70)
+        self.assertRaises(SuperblockError, Superblock.parse, wider, SIZE)
+
+    def test_48_bit_addresses_may_leave_the_root_where_it_was(self) -> None:
+        found = Superblock.parse(image(incompatible=0x80, root_nid=36), SIZE)
+        self.assertEqual((36, 100), (found.root_nid, found.blocks))
 
     def test_a_root_in_the_metabox_is_not_looked_for_among_the_inodes(self) -> None:
         Superblock.parse(image(incompatible=0x180, root_nid=0, root_nid_48bit=1 << 63), SIZE)
