@@ -180,7 +180,7 @@ async def open_image(reactor: Any, pool: ThreadPool, config: ImageConfig) -> Ope
     Raises `LayerError`, `CacheError`, or what the registry's client raises; then nothing is left open.
     """
     store = store_of(reactor, pool, config)
-    directory = CacheDirectory(reactor, pool, str(config.cache_dir))
+    directory = CacheDirectory(reactor, pool, str(config.cache_dir), limit=config.cache_size)
     try:
         resolved = await store.resolve(config.platform)
         layer = choose_layer(resolved, config.layer)
@@ -193,7 +193,7 @@ async def open_image(reactor: Any, pool: ThreadPool, config: ImageConfig) -> Ope
     export = BlobExport(
         name=str(config.reference), description=f"{layer.media_type} {layer.digest}", source=source
     )
-    fill = Fill(reactor, source, queue.link, lambda: succeed(None), config.fill_rate)
+    fill = Fill(reactor, source, queue.link, directory.room, config.fill_rate)
     return OpenImage(resolved, export, store, WarmUp(reactor, source), fill, config.fill)
 
 

@@ -57,6 +57,7 @@ IMAGE_OPTIONS = (
     Option("plain-http", None, "speak HTTP without TLS to the registry (loopback hosts: always)"),
     Option("oci", "KEY=VALUE,…", "platform=, layer=, username= and password= in one, as mkfs.erofs has it"),
     Option("cache-dir", "DIR", "where fetched blocks are kept [/var/cache/erofs-twisted]"),
+    Option("cache-size", "SIZE", "how much of the disk all that may take; K, M, G, T [no limit]"),
     Option(
         "trace",
         "auto|record|off",
@@ -96,8 +97,8 @@ OCI_KEYS = ("platform", "layer", "username", "password")
 class ImageConfig:
     """Which image, and how to get at it. ``layer`` None means all layers; ``io_timeout`` is in seconds.
 
-    ``trace`` is 'auto', 'record' or 'off'; ``fill`` 'auto', 'off' or 'full'; ``fill_rate`` in bytes a
-    second, None for no limit.
+    ``trace`` is 'auto', 'record' or 'off'; ``fill`` 'auto', 'off' or 'full'; ``cache_size`` in bytes and
+    ``fill_rate`` in bytes a second, None for no limit.
     """
 
     reference: ImageReference | LayoutReference
@@ -106,6 +107,7 @@ class ImageConfig:
     credentials: Credentials | None
     plain_http: bool
     cache_dir: Path
+    cache_size: int | None
     trace: str
     fill: str
     fill_rate: int | None
@@ -139,6 +141,7 @@ def read_image_config(image: str, values: Values) -> ImageConfig:
         credentials=_credentials(values),
         plain_http=bool(values.get("plain-http")),
         cache_dir=_given(values, "cache-dir", _directory, default_cache_dir),
+        cache_size=_given(values, "cache-size", _size, lambda: None),
         trace=_given(values, "trace", _one_of("auto", "record", "off"), lambda: "auto"),
         fill=_given(values, "fill", _one_of("auto", "off", "full"), lambda: "auto"),
         fill_rate=_given(values, "fill-rate", _size, lambda: None),

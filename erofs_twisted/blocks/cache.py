@@ -73,9 +73,9 @@ class CacheDirectory:
         return Deferred.fromCoroutine(self._open(digest, size))
 
     def room(self) -> Deferred[int | None]:
-        """A Deferred of the bytes that can be stored if what is not in use is evicted. It fails with OSError
-        or `CacheError`."""
-        return self.in_thread(self.files.room)
+        """A Deferred of the bytes that can be stored if what is not in use is evicted; 0 where that cannot be
+        told."""
+        return Deferred.fromCoroutine(self._room())
 
     def take(self, length: int) -> bool:
         """May this many bytes be stored now? If so, they are counted."""
@@ -113,6 +113,13 @@ class CacheDirectory:
             await self._looked(0 if opened.chunks.complete else self._budget)
         return cached
 
+    async def _room(self) -> int:
+        try:
+            return await self.in_thread(self.files.room)
+        except (OSError, CacheError) as error:
+            self._cannot_look(error)
+            return 0
+
     def _look(self, *, disk_is_full: bool = False) -> None:
         if self._looking or self.reactor.seconds() < self._not_before:
             return
@@ -127,7 +134,7 @@ class CacheDirectory:
         try:
             room = await self.in_thread(self.files.make_room, wanted, disk_is_full=disk_is_full)
         except (OSError, CacheError) as error:
-            self._log.error("cannot look into the cache directory: {error}", error=error)
+            self._cannot_look(error)
             room = 0
         finally:
             self._looking = False
@@ -146,3 +153,6 @@ class CacheDirectory:
         elif self._full and not full:
             self._log.info("the cache directory {path} has room again", path=self.path)
         self._full = full
+
+    def _cannot_look(self, error: Exception) -> None:
+        self._log.error("cannot look into the cache directory {path}: {error}", path=self.path, error=error)

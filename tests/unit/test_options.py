@@ -113,6 +113,16 @@ class GivenTests(OptionsTestCase):
         ).config.image.credentials
         self.assertEqual("secret", credentials.password)
 
+    def test_the_cache_has_a_limit_if_one_is_given(self) -> None:
+        self.assertIsNone(parse(*IMAGE, *WHERE).config.image.cache_size)
+        for text, size in (("1000", 1000), ("512M", 512 << 20), ("20g", 20 << 30), ("1TiB", 1 << 40)):
+            self.assertEqual(size, parse(*IMAGE, *WHERE, "--cache-size", text).config.image.cache_size)
+
+    def test_a_trace_is_used_unless_told_otherwise(self) -> None:
+        self.assertEqual("auto", parse(*IMAGE, *WHERE).config.image.trace)
+        for choice in ("auto", "record", "off"):
+            self.assertEqual(choice, parse(*IMAGE, *WHERE, "--trace", choice).config.image.trace)
+
     def test_the_shorthand_means_what_its_options_mean(self) -> None:
         config = parse(
             *IMAGE, *WHERE, "--oci=platform=linux/arm/v7,layer=3,username=me,password=a=b"
@@ -133,6 +143,8 @@ class RefusedTests(OptionsTestCase):
             "--layer": ("-1", "x", "", "1.0", "٣"),
             "--io-timeout": ("0", "-3", "soon", "nan", "inf"),
             "--attach": ("loop", ""),
+            "--cache-size": ("0", "-1", "20 G", "lots", "1P", ""),
+            "--trace": ("on", "", "AUTO"),
             "--on-stop": ("never",),
             "--nbd-io-timeout": ("-1", "1s"),
             "--nbd-timeout": ("x",),
