@@ -87,6 +87,12 @@ class Fetch:
         """Bytes still to come until ``chunk`` does, one of [first, end]."""
         return self._chunking.start(chunk) - self._chunking.start(self.first) - self._received
 
+    def can_grow(self, end: int, priority: Priority) -> bool:
+        """Can more chunks be added at ``end``, which are as urgent?"""
+        return (
+            self.end == end and self.priority is priority and not (self.started or self.ended or self.whole)
+        )
+
     def start(self, watch: Watch) -> Deferred[None]:
         """Begin; ``watch`` is told of each piece. The Deferred fires with None when the fetch has ended, in
         whatever way."""

@@ -18,6 +18,8 @@ SAMPLE = 0.1
 """Seconds over which a rate is taken while transfers run."""
 SHORT_SAMPLE = 0.02
 """The least of a rate that is cut off by the end of a transfer."""
+SHORT_REQUEST = 0.02
+"""Seconds within which the bytes of a request should come."""
 ROUND_TRIPS, RATES = 32, 16
 """How many of the last samples count."""
 UNKNOWN_WINDOW = 4 * MIB
@@ -56,12 +58,19 @@ class Link:
         product = self.product
         return UNKNOWN_WINDOW if product is None else max(4 * product, MIB)
 
+    @property
+    def longest(self) -> int:
+        """The most that one request should ask for: enough that its own cost does not count, on a fast link
+        too, and on a slow one little enough to be done soon."""
+        bandwidth = self.bandwidth or 0.0
+        return max(MIB, min(4 * MIB, _power_of_two(int(bandwidth * SHORT_REQUEST))))
+
     def worthwhile(self, default: int, least: int = 64 * KIB, most: int = MIB) -> int:
         """How much to ask for where little is needed: a round trip's bytes, as a power of two."""
         product = self.product
         if product is None:
             return default
-        return max(least, min(most, 1 << max(product, 1).bit_length() - 1))
+        return max(least, min(most, _power_of_two(product)))
 
     def seconds(self, length: int, sharers: int = 1) -> float | None:
         """How long ``length`` bytes take, where so many transfers share the link."""
@@ -92,3 +101,8 @@ class Link:
     def _sample(self, now: float) -> None:
         assert self._since is not None
         self._rates.append(self._bytes / max(now - self._since, 1e-4))
+
+
+def _power_of_two(number: int) -> int:
+    """The largest that is not larger."""
+    return 1 << max(number, 1).bit_length() - 1

@@ -38,11 +38,10 @@ class Windows:
     link is known."""
     initial: int = 256 * KIB
     maximum: int = 4 * MIB
-    """A stream's window: how far it is read ahead of its reader, from the first continuation to the most."""
+    """A stream's window: how far it is read ahead of its reader, from the first continuation to the most; on
+    a fast link that is four requests."""
     slack: int = 128 * KIB
     """A read this near to a stream's end continues it: a kernel skips what it has, and reorders a little."""
-    request: int = 1 * MIB
-    """A window is cut in requests of at most this size, which go out side by side."""
     streams: int = 16
     """Followed at once; the one longest unread is forgotten first."""
 
@@ -78,7 +77,8 @@ class Readahead:
         if end > stream.position:
             stream.consumed += end - max(offset, stream.position)
             stream.position = end
-        window = min(max(stream.consumed, self.windows.initial), self.windows.maximum)
+        most = max(self.windows.maximum, 4 * self.link.longest)
+        window = min(max(stream.consumed, self.windows.initial), most)
         if missing:
             return self._extend(stream, offset, window)
         if stream.ahead - stream.position < window // 2:
@@ -106,7 +106,8 @@ class Readahead:
         return self._cut(start, stream.ahead)
 
     def _cut(self, start: int, end: int) -> list[ByteRange]:
-        request = self.windows.request
+        # A window goes out in several requests, side by side.
+        request = self.link.longest
         end = min(end, self.size)
         ranges = []
         while start < end:

@@ -14,14 +14,11 @@ from twisted.logger import Logger
 
 from erofs_twisted.blocks.cache import CachedBlob
 from erofs_twisted.blocks.fetch import Fetch, Priority
-from erofs_twisted.blocks.link import MIB
 from erofs_twisted.blocks.queue import FetchQueue
 from erofs_twisted.blocks.readahead import ByteRange
 from erofs_twisted.errors import RangesIgnored, ReadError
 from erofs_twisted.interfaces import IBlobReader
 
-REQUEST = 1 * MIB
-"""The most that one request asks for where readahead has no say."""
 OTHERS_PATIENCE = 2.0
 """Seconds without a new chunk after which another process that is to fetch some is waited for no longer."""
 FAR = 0.02
@@ -61,6 +58,7 @@ class Requests:
         self._chunking = cached.chunking
         self._fetches: dict[int, Fetch] = {}
         """By each chunk that is to come."""
+        self._newest: Fetch | None = None
         self._whole: Fetch | None = None
         self._takes_ranges = True
         self._closed = False
@@ -98,8 +96,8 @@ class Requests:
         self._queue.cancel(self)
 
     def cuts(self, first: int, end: int) -> Iterator[tuple[int, int]]:
-        """The chunks [first, end) in requests of at most `REQUEST` bytes."""
-        step = max(REQUEST >> self._chunking.bits, 1)
+        """The chunks [first, end) as they are best cut in requests."""
+        step = max(self._queue.link.longest >> self._chunking.bits, 1)
         for start in range(first, end, step):
             yield start, min(start + step, end)
 
@@ -193,9 +191,19 @@ class Requests:
         if not self._takes_ranges:
             self._fetch_whole(range(first, end))
             return
-        fetch = Fetch(first, end, priority, self, self._reader, self._chunking)
+        newest = self._newest
+        if newest is not None and newest.can_grow(first, priority) and self._are_short(newest.first, end):
+            # A neighbour that still waits for its turn: both are asked for in one.
+            newest.end = end
+            fetch = newest
+        else:
+            self._newest = fetch = Fetch(first, end, priority, self, self._reader, self._chunking)
+            self._queue.add(fetch)
         self._fetches.update(dict.fromkeys(range(first, end), fetch))
-        self._queue.add(fetch)
+
+    def _are_short(self, first: int, end: int) -> bool:
+        """Are the chunks [first, end) few enough for one request?"""
+        return (end - first) << self._chunking.bits <= self._queue.link.longest
 
     def _fetch_whole(self, wanted: Sequence[int]) -> None:
         """From an origin that ignores ranges: all of the blob at once, for everything that is missing."""

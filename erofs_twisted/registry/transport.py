@@ -13,6 +13,7 @@ from twisted.internet.defer import TimeoutError as TimedOut
 from twisted.internet.interfaces import IConsumer
 from twisted.internet.task import deferLater
 from twisted.python.failure import Failure
+from twisted.web._newclient import HTTP11ClientProtocol
 from twisted.web.client import (
     Agent,
     BrowserLikePolicyForHTTPS,
@@ -31,6 +32,9 @@ from erofs_twisted.registry.failures import NETWORK_FAILURES, is_cancellation, n
 from erofs_twisted.registry.urls import redacted
 
 USER_AGENT = f"erofs-twisted/{__version__}"
+PIECE = 256 * 1024
+"""Bytes that are taken from a connection at a time: each piece goes through a dozen calls, whatever its size.
+"""
 CONNECT_TIMEOUT = 10.0
 IDLE_CONNECTIONS = 16
 """Kept for each host: as many as there may be ranges in flight, or each range pays for a new connection."""
@@ -38,10 +42,20 @@ IDLE_SECONDS = 60
 """Shorter than the keep-alive of common servers (nginx: 75 s), so that they seldom close under a request."""
 
 
-class _QuietFactory(_HTTP11ClientFactory):
-    """Leaves no two lines in the log for each connection."""
+class _Client(HTTP11ClientProtocol):
+    def makeConnection(self, transport: Any) -> None:
+        connection = getattr(transport, "transport", transport)  # TLS has the real one below it
+        connection.bufferSize = PIECE
+        super().makeConnection(transport)  # type: ignore[no-untyped-call]
+
+
+class _ClientFactory(_HTTP11ClientFactory):
+    """Reads in large pieces, and leaves no two lines in the log for each connection."""
 
     noisy = False
+
+    def buildProtocol(self, addr: object) -> _Client:
+        return _Client(self._quiescentCallback)  # type: ignore[no-untyped-call]
 
 
 class _VerbatimURL(EncodedURL):
@@ -120,7 +134,7 @@ class Transport:
     def over_sockets(cls, reactor: Any, trust_root: Any = None) -> Transport:
         """``trust_root`` (the platform's, and with it what SSL_CERT_FILE names) vouches for https servers."""
         pool = HTTPConnectionPool(reactor)
-        pool._factory = _QuietFactory
+        pool._factory = _ClientFactory
         pool.maxPersistentPerHost = IDLE_CONNECTIONS
         pool.cachedConnectionTimeout = IDLE_SECONDS
         policy = HostnameCachingHTTPSPolicy(BrowserLikePolicyForHTTPS(trust_root))

@@ -303,19 +303,19 @@ class ReadaheadTests(SourceCase):
         self.assertFalse(self.origin.transfers[1].cancelled)
 
     def test_readahead_leaves_places_for_readers(self) -> None:
-        self.readahead.advice = [(chunk * CHUNK, (chunk + 1) * CHUNK) for chunk in range(1, 30)]
+        self.readahead.advice = [(chunk * CHUNK, (chunk + 1) * CHUNK) for chunk in range(2, 40, 2)]
         self.waits(0, 10)
         self.assertEqual(LIMIT - RESERVED, len(self.origin.transfers))
-        self.waits(30 * CHUNK, 10)
-        self.assertEqual((30 * CHUNK, CHUNK), self.origin.asked[LIMIT - RESERVED])
+        self.waits(40 * CHUNK, 10)
+        self.assertEqual((40 * CHUNK, 100), self.origin.asked[LIMIT - RESERVED])
 
     def test_a_reader_pulls_readahead_that_has_not_begun_to_the_front(self) -> None:
-        self.readahead.advice = [(chunk * CHUNK, (chunk + 1) * CHUNK) for chunk in range(1, 30)]
+        self.readahead.advice = [(chunk * CHUNK, (chunk + 1) * CHUNK) for chunk in range(2, 40, 2)]
         self.waits(0, 10)
-        waiting = self.waits(25 * CHUNK, 10)
-        self.assertEqual((25 * CHUNK, CHUNK), self.origin.asked[LIMIT - RESERVED])
+        waiting = self.waits(38 * CHUNK, 10)
+        self.assertEqual((38 * CHUNK, CHUNK), self.origin.asked[LIMIT - RESERVED])
         self.origin.transfers[-1].finish()
-        self.assert_answered(25 * CHUNK, 10, waiting)
+        self.assert_answered(38 * CHUNK, 10, waiting)
 
 
 class PrefetchTests(SourceCase):

@@ -67,6 +67,7 @@ class FillTests(FillCase):
             self.assertLessEqual(sum(length for _, length in self.origin.asked), seconds * REQUEST + 100)
             self.assertNoResult(done)
             self.clock.advance(1)
+        self.clock.advance(1)
         self.send_all()
         self.successResultOf(done)
 
