@@ -13,6 +13,7 @@ from erofs_twisted.blocks.trace import Trace
 from erofs_twisted.erofs.superblock import Superblock
 from erofs_twisted.errors import ErofsTwistedError
 from erofs_twisted.prefetch.fill import Fill
+from erofs_twisted.prefetch.metadata import prefetch_metadata
 
 
 class WarmUp:
@@ -35,7 +36,8 @@ class WarmUp:
 
     def begin(self, superblock: Superblock, fill: Fill | None) -> None:
         """The image is known to be one: fetch its metadata, and then fill."""
-        self._run(self._begin(superblock, fill), "the image")
+        if self._source.bytes_missing:
+            self._run(self._begin(superblock, fill), "the image")
 
     def stop(self) -> None:
         """End all that runs."""
@@ -72,5 +74,6 @@ class WarmUp:
             await self._source.prefetch_ranges(trace.ranges)
 
     async def _begin(self, superblock: Superblock, fill: Fill | None) -> None:
+        await prefetch_metadata(self._source, superblock, self._clock)
         if fill is not None:
             await fill.when_idle()
