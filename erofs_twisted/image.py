@@ -14,6 +14,9 @@ from zope.interface import implementer
 from erofs_twisted.blocks.cache import CacheDirectory
 from erofs_twisted.blocks.queue import FetchQueue
 from erofs_twisted.blocks.source import BlobSource
+from erofs_twisted.blocks.tracefile import TraceFiles
+from erofs_twisted.blocks.trace import Recorder
+from erofs_twisted.blocks.tracefile import TraceFiles
 from erofs_twisted.erofs.superblock import Superblock
 from erofs_twisted.errors import MountError
 from erofs_twisted.interfaces import FileSpan, IExport, IImageStore, Segment
@@ -22,6 +25,8 @@ from erofs_twisted.prefetch.fill import Fill
 from erofs_twisted.prefetch.warmup import WarmUp
 from erofs_twisted.registry.manifest import Descriptor, ResolvedImage
 from erofs_twisted.registry.store import open_store
+from erofs_twisted.tracing import Recording, find_trace
+from erofs_twisted.tracing import Recording, TracingExport, find_trace
 
 EROFS_MEDIA_TYPES = frozenset(
     {
@@ -124,16 +129,18 @@ class OpenImage:
     """
 
     resolved: ResolvedImage
-    export: BlobExport
+    export: IExport
+    _source: BlobSource
     _store: IImageStore
     _warm_up: WarmUp
     _fill: Fill
     _fill_mode: str
+    _recording: Recording | None
     _beginning: Deferred[list[Segment]] = attrs.field(init=False)
     _source_closed: Deferred[None] | None = attrs.field(default=None, init=False)
 
     def __attrs_post_init__(self) -> None:
-        beginning = self.export.read(0, min(self.export.size, BLOCK))
+        beginning = self._source.read(0, min(self._source.size, BLOCK)) if self._source.size else []
         self._beginning = beginning if isinstance(beginning, Deferred) else succeed(beginning)
 
     async def check(self) -> None:
@@ -141,9 +148,7 @@ class OpenImage:
 
         Raises `SuperblockError`, or `ReadError` for what cannot be had.
         """
-        source = self.export.source
-        data = joined(await self._beginning)[: source.size]
-        superblock = Superblock.parse(data, source.size)
+        superblock = Superblock.parse(joined(await self._beginning), self._source.size)
         if self._fill_mode == "full":
             await self._fill.now()
         self._warm_up.begin(superblock, self._fill if self._fill_mode == "auto" else None)
@@ -153,12 +158,16 @@ class OpenImage:
         if self._source_closed is None:
             self._warm_up.stop()
             _ = self._beginning.addErrback(lambda _: [])
-            self._source_closed = self.export.source.close()
+            self._source_closed = self._source.close()
         return self._source_closed
 
     async def close(self) -> None:
         """End the fetches under way, flush the cache, let go of the registry. Call it once."""
+        if self._recording is not None:
+            await self._recording.close()
         await self.abandon()
+        if self._recording is not None:
+            await self._recording.close()
         await self._store.close()
 
 
@@ -190,11 +199,19 @@ async def open_image(reactor: Any, pool: ThreadPool, config: ImageConfig) -> Ope
         raise
     queue = FetchQueue(reactor)
     source = BlobSource(store.blob(layer), cached, reactor, queue=queue)
-    export = BlobExport(
+    export: IExport = BlobExport(
         name=str(config.reference), description=f"{layer.media_type} {layer.digest}", source=source
     )
+    recording = None
+    if config.trace == "record":
+        recording = Recording(reactor, pool, TraceFiles(str(config.cache_dir)), layer.digest, layer.size)
+        export = recording.of(export)
+    warm_up = WarmUp(reactor, source)
     fill = Fill(reactor, source, queue.link, directory.room, config.fill_rate)
-    return OpenImage(resolved, export, store, WarmUp(reactor, source), fill, config.fill)
+    image = OpenImage(resolved, export, source, store, warm_up, fill, config.fill, recording)
+    if config.trace != "off":
+        warm_up.follow(find_trace(store, str(config.cache_dir), resolved, layer))
+    return image
 
 
 def joined(segments: Sequence[Segment]) -> bytes:

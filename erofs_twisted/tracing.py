@@ -70,17 +70,21 @@ class TracingExport:
 
 
 class Recording:
-    """Writes down what ``recorder`` has seen, now and then, and at the end."""
+    """Writes down the first reads of a blob, now and then, and at the end."""
 
-    def __init__(self, reactor: Any, pool: ThreadPool, files: TraceFiles, recorder: Recorder) -> None:
+    def __init__(self, reactor: Any, pool: ThreadPool, files: TraceFiles, digest: str, size: int) -> None:
         self._reactor = reactor
         self._pool = pool
         self._files = files
-        self._recorder = recorder
-        self._saved = recorder.version
+        self._recorder = Recorder(digest, size)
+        self._saved = self._recorder.version
         self._said = False
         self._saving = DeferredLock()
         self._timer = reactor.callLater(SAVE_SECONDS, self._tick)
+
+    def of(self, export: IExport) -> TracingExport:
+        """The export of the blob, to be read through this one."""
+        return TracingExport(export, self._recorder)
 
     async def close(self) -> None:
         """Write down the end of it. Call it once."""
