@@ -163,8 +163,6 @@ class OpenImage:
 
     async def close(self) -> None:
         """End the fetches under way, flush the cache, let go of the registry. Call it once."""
-        if self._recording is not None:
-            await self._recording.close()
         await self.abandon()
         if self._recording is not None:
             await self._recording.close()
