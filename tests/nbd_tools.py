@@ -17,6 +17,8 @@ from typing import IO, Self
 PACKAGES = {
     "nbdcopy": "libnbd-bin",
     "nbdinfo": "libnbd-bin",
+    "nbdfuse": "libnbd-bin",
+    "fusermount3": "fuse3",
     "nbdkit": "nbdkit",
     "nbd-client": "nbd-client",
     "qemu-img": "qemu-utils",
