@@ -157,8 +157,9 @@ class RecordingTests(SynchronousTestCase):
         self.reactor = ThreadlessReactor()
         self.pool = HeldPool(held=False)
         self.files = TraceFiles(self.mktemp())
-        self.recorder = Recorder(LAYER.digest, SIZE)
-        self.recording = Recording(self.reactor, self.pool, self.files, self.recorder)
+        self.recording = Recording(self.reactor, self.pool, self.files, LAYER.digest, SIZE)
+        self.export = self.recording.of(Export())
+        self.recorder = self.export.recorder
 
     def kept(self) -> Trace | None:
         return self.files.load(LAYER.digest, SIZE)
@@ -169,22 +170,22 @@ class RecordingTests(SynchronousTestCase):
 
     def test_what_was_read_is_written_down_every_few_seconds(self) -> None:
         for chunk in (3, 1):
-            self.recorder.read(chunk * 65536, 1)
+            self.export.read(chunk * 65536, 1)
             self.reactor.advance(SAVE_SECONDS)
             self.assertEqual(self.recorder.trace(), self.kept())
         self.close()
 
     def test_nothing_is_written_while_nothing_is_new(self) -> None:
-        self.recorder.read(0, 1)
+        self.export.read(0, 1)
         self.reactor.advance(SAVE_SECONDS)
         os.unlink(self.files.path(LAYER.digest))
-        self.recorder.read(5, 1)
+        self.export.read(5, 1)
         self.reactor.advance(SAVE_SECONDS)
         self.close()
         self.assertIsNone(self.kept())
 
     def test_the_end_is_written_down(self) -> None:
-        self.recorder.read(0, 1)
+        self.export.read(0, 1)
         self.close()
         self.assertEqual(self.recorder.trace(), self.kept())
 
@@ -195,9 +196,9 @@ class RecordingTests(SynchronousTestCase):
 
     def test_a_slow_disk_is_written_to_once_at_a_time_and_not_behind_the_end(self) -> None:
         self.pool.held = True
-        self.recorder.read(0, 1)
+        self.export.read(0, 1)
         self.reactor.advance(SAVE_SECONDS)
-        self.recorder.read(200_000, 1)
+        self.export.read(200_000, 1)
         self.reactor.advance(SAVE_SECONDS)
         self.assertEqual(1, len(self.pool.work))
         closed = Deferred.fromCoroutine(self.recording.close())
@@ -208,7 +209,7 @@ class RecordingTests(SynchronousTestCase):
 
     def test_a_place_that_cannot_be_written_to_fails_nothing(self) -> None:
         Path(self.files.cache_dir).write_text("no directory")
-        self.recorder.read(0, 1)
+        self.export.read(0, 1)
         self.reactor.advance(SAVE_SECONDS)
         self.close()
         self.assertIsNone(self.kept())
