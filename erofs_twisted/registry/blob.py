@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import attrs
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IReactorTime
@@ -12,7 +14,7 @@ from zope.interface import implementer
 
 from erofs_twisted.errors import RangesIgnored
 from erofs_twisted.interfaces import Delivery, IBlobReader
-from erofs_twisted.registry.body import Taker, abandon, receive
+from erofs_twisted.registry.body import Taker, abandon, discard, receive
 from erofs_twisted.registry.contentrange import check_partial
 from erofs_twisted.registry.errors import BlobUnreadable, RegistryError, TransferFailed
 from erofs_twisted.registry.manifest import Descriptor
@@ -89,6 +91,8 @@ class BlobReader:
     _descriptor: Descriptor
     _io_timeout: float
     _backoff: Backoff
+    _with_tls: Callable[[], tuple[Session, str]] | None = None
+    """Gives session and URL for when a registry that was asked without TLS turns out to want it."""
     _location: str | None = attrs.field(init=False, default=None)
     _log = Logger()
 
@@ -144,10 +148,15 @@ class BlobReader:
         await deferLater(clock, delay)
 
     async def _attempt(self, transfer: _Transfer, url: str) -> None:
-        """One request for what is left of the range. Raises `RegistryError` unless all of it came."""
+        """One request for what is left of the range. Raises `RegistryError` unless all of it came, or there
+        is another place to ask."""
         patience = max(MIN_STALL, min(MAX_STALL, self._io_timeout / 4))
         headers = {"Range": f"bytes={transfer.position}-{transfer.end - 1}"}
         answer = await self._session.get(url, headers, patience)
+        if answer.response.code == 400 and self._with_tls is not None and answer.url.startswith("http:"):
+            await discard(answer.response, transfer.clock, patience)
+            self._session, self._url = self._with_tls()
+            return
         if answer.response.code not in (200, 206):
             raise await self._refusal(answer, patience)
         try:

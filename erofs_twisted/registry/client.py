@@ -18,6 +18,7 @@ from erofs_twisted.registry.blob import BlobReader
 from erofs_twisted.registry.body import discard, read_body
 from erofs_twisted.registry.credentials import Credentials
 from erofs_twisted.registry.digest import Digest
+from erofs_twisted.registry.documents import DocumentFiles
 from erofs_twisted.registry.errors import InvalidDigest, InvalidManifest, RegistryError, TransferFailed
 from erofs_twisted.registry.manifest import (
     ACCEPT,
@@ -51,7 +52,8 @@ Result = TypeVar("Result")
 class RegistryStore:
     """The image ``reference``, over ``transport``.
 
-    A registry on a loopback host is spoken to without TLS, unless it turns out to want it.
+    A registry on a loopback host is spoken to without TLS, unless it turns out to want it. What is found in
+    ``documents`` is not asked for.
     """
 
     _reference: ImageReference
@@ -59,6 +61,7 @@ class RegistryStore:
     _credentials: Credentials | None = None
     _plain_http: bool = False
     _io_timeout: float = 120.0
+    _documents: DocumentFiles | None = None
     _backoff: Backoff = attrs.field(factory=lambda: Backoff(random=random.random))
     _authorizer: Authorizer = attrs.field(init=False)
     _session: Session = attrs.field(init=False)
@@ -75,8 +78,21 @@ class RegistryStore:
 
     def blob(self, descriptor: Descriptor) -> BlobReader:
         """As `IImageStore.blob`."""
-        url = f"{self._base}/blobs/{descriptor.digest}"
-        return BlobReader(self._session, url, descriptor, self._io_timeout, self._backoff)
+
+        def with_tls() -> tuple[Session, str]:
+            if self._session.origin.scheme == "http":
+                self._speak("https")
+            return self._session, f"{self._base}/blobs/{descriptor.digest}"
+
+        guessed = self._session.origin.scheme == "http" and not self._plain_http
+        return BlobReader(
+            self._session,
+            f"{self._base}/blobs/{descriptor.digest}",
+            descriptor,
+            self._io_timeout,
+            self._backoff,
+            with_tls if guessed else None,
+        )
 
     def referrers(self, subject: Digest, artifact_type: str) -> Deferred[tuple[Descriptor, ...]]:
         """As `IImageStore.referrers`; fails with a `RegistryError`."""
@@ -109,12 +125,15 @@ class RegistryStore:
 
     async def _fetch_named(self) -> Document:
         """The document that the reference names."""
-        data, answer = await self._fetch(self._reference.selector)
         digest = self._reference.digest
+        if digest is not None and (kept := await self._kept(digest)) is not None:
+            return kept
+        data, answer = await self._fetch(self._reference.selector)
         if digest is None:
             digest = _announced_digest(answer) or Digest.of(data)
         check_content(self._reference, data, digest, None)
-        return Document(digest, answer.response.headers.getRawHeaders("Content-Type", [""])[0], data)
+        media_type = answer.response.headers.getRawHeaders("Content-Type", [""])[0]
+        return await self._keep(Document(digest, media_type, data))
 
     async def _fetch_described(self, descriptor: Descriptor) -> Document:
         """What an index describes; the index was verified, so its word counts, not the header's."""
@@ -122,9 +141,19 @@ class RegistryStore:
             raise InvalidManifest(
                 f"{self._reference}: a manifest of {descriptor.size} bytes, {MAX_MANIFEST} are allowed"
             )
-        data, _ = await self._fetch(descriptor.digest)
+        kept = await self._kept(descriptor.digest)
+        data = kept.data if kept is not None else (await self._fetch(descriptor.digest))[0]
         check_content(self._reference, data, descriptor.digest, descriptor.size)
-        return Document(descriptor.digest, descriptor.media_type, data)
+        document = Document(descriptor.digest, descriptor.media_type, data)
+        return document if kept is not None else await self._keep(document)
+
+    async def _kept(self, digest: Digest) -> Document | None:
+        return None if self._documents is None else await self._documents.get(digest)
+
+    async def _keep(self, document: Document) -> Document:
+        if self._documents is not None:
+            await self._documents.put(document)
+        return document
 
     async def _fetch(self, selector: str) -> tuple[bytes, Answer]:
         return await self._persist(lambda: self._fetch_once(selector))

@@ -19,12 +19,14 @@ def open_store(
     credentials: Credentials | None = None,
     plain_http: bool = False,
     io_timeout: float = 120.0,
+    cache_dir: str | None = None,
     trust_root: Any = None,
 ) -> IImageStore:
     """The `IImageStore` of ``reference``. Nothing is opened before it is used.
 
     ``io_timeout`` is how many seconds a read of a registry's blob goes on without progress. ``trust_root``,
-    an IOpenSSLTrustRoot, stands for the platform's certificates. A layout is read in the threads of ``pool``.
+    an IOpenSSLTrustRoot, stands for the platform's certificates. Below ``cache_dir`` a registry's manifests
+    are kept. Files are read in the threads of ``pool``.
     """
     if isinstance(reference, LayoutReference):
         from erofs_twisted.registry.layout import LayoutStore
@@ -32,7 +34,9 @@ def open_store(
         return LayoutStore(reactor, reference, pool)
     # treq and what it needs take a noticeable part of the start-up: only where there is a registry.
     from erofs_twisted.registry.client import RegistryStore
+    from erofs_twisted.registry.documents import DocumentFiles
     from erofs_twisted.registry.transport import Transport
 
     transport = Transport.over_sockets(reactor, trust_root)
-    return RegistryStore(reference, transport, credentials, plain_http, io_timeout)
+    documents = None if cache_dir is None else DocumentFiles(reactor, pool, cache_dir)
+    return RegistryStore(reference, transport, credentials, plain_http, io_timeout, documents)

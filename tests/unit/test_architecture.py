@@ -66,6 +66,7 @@ FLOORS: dict[int, list[str]] = {
         "registry.transport",
         "registry.blob",
         "registry.client",
+        "registry.documents",
         "registry.layout",
         "registry.body",
         "registry.session",
@@ -105,10 +106,10 @@ FLOORS: dict[int, list[str]] = {
         "options",
         "process",
     ],
-    2: ["prefetch", "prefetch.fill", "prefetch.metadata", "prefetch.warmup", "tracing"],
+    2: ["prefetch", "prefetch.fill", "prefetch.metadata", "prefetch.warmup", "tracing", "waiting"],
     3: ["image"],
-    4: ["service", "recording", "inspection", "serving", "unmounting"],
-    5: ["tap", "cli", "trace_commands"],
+    4: ["service", "recording", "tracereport", "inspection", "serving", "unmounting"],
+    5: ["tap", "cli"],
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 ROOTS = {"", "errors", "interfaces"}

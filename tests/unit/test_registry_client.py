@@ -22,7 +22,13 @@ from erofs_twisted.registry.errors import (
     PlatformMissing,
     TransferFailed,
 )
-from erofs_twisted.registry.manifest import MAX_MANIFEST, OCI_INDEX, OCI_MANIFEST, ResolvedImage
+from erofs_twisted.registry.manifest import (
+    MAX_MANIFEST,
+    OCI_INDEX,
+    OCI_MANIFEST,
+    Descriptor,
+    ResolvedImage,
+)
 from erofs_twisted.registry.platform import Platform
 from erofs_twisted.registry.reference import ImageReference, parse_reference
 from erofs_twisted.registry.retry import Backoff
@@ -259,6 +265,20 @@ class SchemeTests(ClientTests):
         self.assertEqual("https://localhost:5000/v2/a/manifests/plain", self.agent.last.url)
         store.blob(image.layers[0]).read(0, 1, lambda data: None).addErrback(lambda _: None)
         self.assertTrue(self.agent.last.url.startswith("https://localhost:5000/v2/a/blobs/"))
+
+    def test_a_blob_finds_out_by_itself_where_no_manifest_was_asked_for(self) -> None:
+        self.agent.answer = lambda request: (
+            request.respond_range(LAYER)
+            if request.url.startswith("https:")
+            else request.respond(400, b"TLS!")
+        )
+        descriptor = Descriptor("application/vnd.erofs", Digest.of(LAYER), len(LAYER))
+        blob = self.store("localhost:5000/a:plain").blob(descriptor)
+        got: list[bytes] = []
+        self.successResultOf(blob.read(1, 3, got.append))
+        self.successResultOf(blob.read(0, 1, got.append))
+        self.assertEqual(b"ayel", b"".join(got))
+        self.assertEqual(["http", "https", "https"], [url.partition(":")[0] for url in self.agent.urls])
 
     def test_where_plain_http_is_asked_for_it_stays(self) -> None:
         self.agent.answer = lambda request: request.respond(400, b"TLS!")
