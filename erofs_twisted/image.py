@@ -15,8 +15,6 @@ from erofs_twisted.blocks.cache import CacheDirectory
 from erofs_twisted.blocks.queue import FetchQueue
 from erofs_twisted.blocks.source import BlobSource
 from erofs_twisted.blocks.tracefile import TraceFiles
-from erofs_twisted.blocks.trace import Recorder
-from erofs_twisted.blocks.tracefile import TraceFiles
 from erofs_twisted.erofs.superblock import Superblock
 from erofs_twisted.errors import MountError
 from erofs_twisted.interfaces import FileSpan, IExport, IImageStore, Segment
@@ -26,7 +24,6 @@ from erofs_twisted.prefetch.warmup import WarmUp
 from erofs_twisted.registry.manifest import Descriptor, ResolvedImage
 from erofs_twisted.registry.store import open_store
 from erofs_twisted.tracing import Recording, find_trace
-from erofs_twisted.tracing import Recording, TracingExport, find_trace
 
 EROFS_MEDIA_TYPES = frozenset(
     {
@@ -198,6 +195,7 @@ async def open_image(reactor: Any, pool: ThreadPool, config: ImageConfig) -> Ope
         raise
     queue = FetchQueue(reactor)
     source = BlobSource(store.blob(layer), cached, reactor, queue=queue)
+    missing = source.bytes_missing
     export: IExport = BlobExport(
         name=str(config.reference), description=f"{layer.media_type} {layer.digest}", source=source
     )
@@ -208,8 +206,10 @@ async def open_image(reactor: Any, pool: ThreadPool, config: ImageConfig) -> Ope
     warm_up = WarmUp(reactor, source)
     fill = Fill(reactor, source, queue.link, directory.room, config.fill_rate)
     image = OpenImage(resolved, export, source, store, warm_up, fill, config.fill, recording)
-    if config.trace != "off":
-        warm_up.follow(find_trace(store, str(config.cache_dir), resolved, layer))
+    if config.trace != "off" and missing:
+        # A mount that finds something in the cache asks the registry for no trace: what is there was one.
+        search = find_trace(store, str(config.cache_dir), resolved, layer, ask=missing == layer.size)
+        warm_up.follow(search)
     return image
 
 
