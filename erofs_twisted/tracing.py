@@ -123,13 +123,14 @@ class Recording:
 
 
 async def find_trace(
-    store: IImageStore, cache_dir: str, resolved: ResolvedImage, layer: Descriptor
+    store: IImageStore, cache_dir: str, resolved: ResolvedImage, layer: Descriptor, *, ask: bool = True
 ) -> Trace | None:
-    """The trace of a layer: the one in the cache, else the newest that refers to the image in ``store``,
-    which is kept in the cache then. Where none can be had, that is said in the log, and no error."""
+    """The trace of a layer: the one in the cache; else, if we are to ``ask``, the newest that refers to the
+    image in ``store``, which is kept in the cache then. Where none can be had, that is said in the log, and
+    no error."""
     files = TraceFiles(cache_dir)
     local = files.load(layer.digest, layer.size)
-    if local is not None:
+    if local is not None or not ask:
         return local
     try:
         trace = await _find_referrer(store, resolved, layer)
