@@ -5,16 +5,13 @@ from __future__ import annotations
 import json
 import os
 import sys
-import time
 from collections.abc import Callable, Coroutine
-from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import click
 
 from erofs_twisted import __version__
 from erofs_twisted.errors import ErofsTwistedError, MountError
-from erofs_twisted.mount.mountinfo import mount_at, parse_mountinfo
 from erofs_twisted.options import (
     IMAGE_OPTIONS,
     MOUNT_OPTIONS,
@@ -26,10 +23,10 @@ from erofs_twisted.options import (
     read_state_dir,
 )
 from erofs_twisted.process import conceal_arguments, on_stop_signal
-from erofs_twisted.state.journal import Journal, daemon_runs
-from erofs_twisted.state.records import Status
+from erofs_twisted.state.journal import Journal
+from erofs_twisted.waiting import wait_until_ready
 
-POLL = 0.02
+IMAGE_OPTION_NAMES = tuple(option.name for option in IMAGE_OPTIONS)
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -52,9 +49,6 @@ def _click_option(option: Option) -> Callable[[Command], Command]:
     return click.option(
         f"--{option.name}", option.name.replace("-", "_"), metavar=option.metavar, help=option.help
     )
-
-
-takes_image_options = takes(*(option.name for option in IMAGE_OPTIONS))
 
 
 def _image_config(image: str, options: dict[str, Any]) -> ImageConfig:
@@ -96,7 +90,7 @@ def inspect(image: str, as_json: bool, **options: Any) -> None:
 @commands.command()
 @click.argument("image")
 @click.option("--socket", metavar="PATH", required=True, help="UNIX socket to listen on")
-@takes_image_options
+@takes(*IMAGE_OPTION_NAMES)
 def serve(image: str, socket: str, **options: Any) -> None:
     """Serve a layer of IMAGE to NBD clients on a UNIX socket, until Ctrl-C. No root is needed.
 
@@ -119,29 +113,7 @@ def serve(image: str, socket: str, **options: Any) -> None:
 @takes("state-dir")
 def wait(mountpoint: str, timeout: float, state_dir: str | None) -> None:
     """Return as soon as MOUNTPOINT can be used, or say why it cannot."""
-    path = os.path.realpath(mountpoint)
-    journal = Journal(read_state_dir({"state-dir": state_dir}))
-    deadline = time.monotonic() + timeout
-    while True:
-        record = journal.read(path)
-        if record is not None:
-            alive = daemon_runs(record)
-            if alive and record.status is Status.READY and _is_mounted(path):
-                return
-            if not alive:
-                if not record.device:
-                    journal.forget(path)
-                raise MountError(
-                    record.reason
-                    or f"the daemon of {path} (process {record.pid}) was killed; "
-                    f"'erofs-nbd umount {path}' clears away what it left"
-                )
-        if time.monotonic() >= deadline:
-            if record is None:
-                raise MountError(f"no daemon for {path} came up in {timeout:g} s; see its log")
-            reason = f": {record.reason}" if record.reason else ""
-            raise MountError(f"{path} is still {record.status} after {timeout:g} s{reason}")
-        time.sleep(POLL)
+    wait_until_ready(Journal(read_state_dir({"state-dir": state_dir})), os.path.realpath(mountpoint), timeout)
 
 
 @commands.command()
@@ -156,8 +128,66 @@ def umount(mountpoint: str, lazy: bool, state_dir: str | None) -> None:
     _run(lambda reactor: unmount(reactor, journal, os.path.realpath(mountpoint), lazy))
 
 
-def _is_mounted(path: str) -> bool:
-    return mount_at(parse_mountinfo(Path("/proc/self/mountinfo").read_bytes()), path) is not None
+@commands.group()
+def trace() -> None:
+    """What an image's first reader read: record it, show it, push it beside the image.
+
+    A mount fetches first what the trace of its image names.
+    """
+
+
+@trace.command()
+@click.argument("image")
+@click.argument("command", nargs=-1, required=True)
+@click.option("--timeout", metavar="SECONDS", type=click.FloatRange(min=0), default=60.0, show_default=True)
+@takes(*(name for name in IMAGE_OPTION_NAMES if name != "trace"), "options", "attach", "state-dir")
+def record(image: str, command: tuple[str, ...], timeout: float, **options: Any) -> None:
+    """Mount IMAGE, run COMMAND, and record what is read meanwhile.
+
+    The mount point takes the place of {} in COMMAND, and is in $EROFS_NBD_MOUNTPOINT. The mount gets up to
+    --timeout seconds to come up, and ends with the command:
+
+    erofs-nbd trace record registry.example/app:1.2 -- chroot {} python3 -c 'import json'
+    """
+    from erofs_twisted.inspection import resolve
+    from erofs_twisted.recording import record_command
+    from erofs_twisted.tracereport import summary
+
+    config = _image_config(image, options)
+    resolved = _run(lambda reactor: resolve(reactor, config))
+    typed = {name.replace("_", "-"): value for name, value in options.items() if value}
+    state_dir = read_state_dir(typed)
+    recorded = record_command(config, resolved, typed, command, state_dir, timeout)
+    click.echo(summary(recorded.trace, recorded.path))
+    if recorded.status != 0:
+        raise MountError(f"{command[0]} ended with status {recorded.status}; what it read was recorded")
+
+
+@trace.command("show")
+@click.argument("image")
+@click.option("--json", "as_json", is_flag=True, help="for programs")
+@takes("platform", "layer", "username", "password-file", "plain-http", "oci", "cache-dir", "io-timeout")
+def show_trace(image: str, as_json: bool, **options: Any) -> None:
+    """Show the trace of IMAGE that a mount would use: the cache's, else the registry's."""
+    from erofs_twisted.tracereport import as_dict, find, show
+
+    config = _image_config(image, options)
+    trace = _run(lambda reactor: find(reactor, config))
+    if as_json:
+        click.echo(json.dumps(as_dict(trace), indent=2))
+    else:
+        show(trace)
+
+
+@trace.command("push")
+@click.argument("image")
+@takes("platform", "layer", "username", "password-file", "plain-http", "oci", "cache-dir", "io-timeout")
+def push_trace(image: str, **options: Any) -> None:
+    """Push the trace in the cache to IMAGE's registry, as a referrer of its manifest; print its digest."""
+    from erofs_twisted.tracereport import push
+
+    config = _image_config(image, options)
+    click.echo(_run(lambda reactor: push(reactor, config)))
 
 
 def _run(main: Callable[[Any], Coroutine[Any, Any, Any]]) -> Any:

@@ -34,13 +34,13 @@ from twisted.web.server import NOT_DONE_YET, Site
 
 from tests.images import TAG
 
-PATH = re.compile(r"/v2/(?P<repository>.+)/(?P<kind>manifests|blobs)/(?P<reference>[^/]+)")
+PATH = re.compile(r"/v2/(?P<repository>.+)/(?P<kind>manifests|blobs|referrers)/(?P<reference>[^/]+)")
 RANGE = re.compile(r"bytes=(\d+)-(\d+)")
 
 
 @attrs.frozen(kw_only=True)
 class Fault:
-    """What happens to requests of one ``kind``, ``manifests`` or ``blobs``, or of both.
+    """What happens to requests of one ``kind``, ``manifests``, ``blobs`` or ``referrers``, or of all.
 
     ``status`` is answered instead of the content; with ``stall`` nothing is, ever; after ``cut_after`` bytes
     of a body the connection ends; with ``tamper`` the body is another, of the same length. ``times`` is how
@@ -100,7 +100,7 @@ class Registry(Resource):
             return NOT_DONE_YET
         digest = self._tags.get(path["reference"], path["reference"])
         file = self._blobs / digest.replace(":", "/")
-        if fault.status is not None or not file.is_file():
+        if fault.status is not None or path["kind"] == "referrers" or not file.is_file():
             return answer(request, fault.status or 404)
         return self._content(request, file.read_bytes(), path["kind"], asked, fault)
 

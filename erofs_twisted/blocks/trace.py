@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
 from itertools import pairwise
 from typing import Any, TypeGuard
 
@@ -104,21 +103,9 @@ class Trace:
             raise InvalidTrace("ranges is not a list of pairs of numbers")
         return cls(digest, size, tuple((start, end) for start, end in ranges))
 
-    def requests(self, gap: int, longest: int) -> int:
-        """How many Range requests fetch all of it, if ranges no more than ``gap`` bytes apart are fetched in
-        one, and none is longer than ``longest``."""
-        return sum(-(-(end - start) // longest) for start, end in joined(self.ranges, gap))
-
-
-def joined(ranges: Iterable[tuple[int, int]], gap: int = 0) -> list[tuple[int, int]]:
-    """The ranges in the blob's order, those no more than ``gap`` bytes apart made one."""
-    together: list[tuple[int, int]] = []
-    for start, end in sorted(ranges):
-        if together and start - together[-1][1] <= gap:
-            together[-1] = (together[-1][0], max(together[-1][1], end))
-        else:
-            together.append((start, end))
-    return together
+    def requests(self, longest: int) -> int:
+        """How many Range requests fetch all of it, each of at most ``longest`` bytes."""
+        return sum(-(-(end - start) // longest) for start, end in self.ranges)
 
 
 class Recorder:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from itertools import pairwise
 from typing import Any
 
 from hypothesis import example, given
@@ -11,7 +10,7 @@ from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
 from erofs_twisted.blocks import trace as module
-from erofs_twisted.blocks.trace import MAX_ENCODED, MAX_RANGES, InvalidTrace, Recorder, Trace, joined
+from erofs_twisted.blocks.trace import MAX_ENCODED, MAX_RANGES, InvalidTrace, Recorder, Trace
 from erofs_twisted.errors import ErofsTwistedError
 
 DIGEST = "sha256:" + "a1" * 32
@@ -153,20 +152,6 @@ class CodecTests(SynchronousTestCase):
 
 
 class RequestTests(SynchronousTestCase):
-    def test_ranges_that_are_near_are_fetched_together(self) -> None:
-        self.assertEqual([(0, 9), (20, 30)], joined([(20, 30), (5, 9), (0, 3)], gap=2))
-        self.assertEqual([(0, 3), (5, 9), (20, 30)], joined([(20, 30), (5, 9), (0, 3)], gap=1))
-
     def test_a_long_range_is_fetched_in_parts(self) -> None:
-        self.assertEqual(3, Trace(DIGEST, 100, ((50, 61), (0, 10))).requests(gap=0, longest=10))
-
-    @given(READS, st.integers(0, 40))
-    def test_joined_ranges_hold_all_of_them_and_no_gap_beyond_the_limit(
-        self, reads: list[tuple[int, int]], gap: int
-    ) -> None:
-        ranges = record(reads).ranges
-        together = joined(ranges, gap)
-        wanted = {byte for start, end in ranges for byte in range(start, end)}
-        found = {byte for start, end in together for byte in range(start, end)}
-        self.assertLessEqual(wanted, found)
-        self.assertTrue(all(b[0] - a[1] > gap for a, b in pairwise(together)))
+        self.assertEqual(3, Trace(DIGEST, 100, ((50, 61), (0, 10))).requests(longest=10))
+        self.assertEqual(0, Trace(DIGEST, 100, ()).requests(longest=10))

@@ -13,6 +13,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from erofs_twisted.cli import commands
 from erofs_twisted.options import IMAGE_OPTIONS, MOUNT_OPTIONS, Option
 from erofs_twisted.tap import OPTIONS as PLUGIN_OPTIONS
+from tests.commands import every_command
 
 PROJECT = Path(__file__).parents[2]
 README = PROJECT / "README.md"
@@ -65,24 +66,27 @@ class ExampleTests(SynchronousTestCase):
                     self.assertEqual(set(), given - known, f"{page.name}: {shlex.join(words)}")
 
     def test_the_commands_and_their_options_exist(self) -> None:
+        known = dict(every_command(commands))
         seen = set()
         for page in (README, *PAGES):
             for words in command_lines(page.read_text()):
                 if not words or not re.fullmatch(r"(.*/)?erofs-nbd", words[0]):
                     continue
                 where = f"{page.name}: {shlex.join(words)}"
-                self.assertIn(words[1], {*commands.commands, "--help", "--version"}, where)
-                if words[1] in commands.commands:
-                    seen.add(words[1])
-                    given = self.options_among(words[2:])
-                    self.assertEqual(set(), given - self.options_of(words[1]), where)
-        self.assertEqual(set(commands.commands), seen)
+                name = next((n for n in known if words[1 : 1 + len(n.split())] == n.split()), None)
+                self.assertTrue(name or words[1] in ("--help", "--version"), where)
+                if name:
+                    seen.add(name)
+                    ours = words[: words.index("--")] if "--" in words else words
+                    given = self.options_among(ours)
+                    self.assertEqual(set(), given - self.options_of(known[name]), where)
+        self.assertEqual(set(known), seen)
 
     def options_among(self, words: list[str]) -> set[str]:
         return {word.partition("=")[0] for word in words if word.startswith("--")}
 
-    def options_of(self, command: str) -> set[str]:
-        parameters = commands.commands[command].params
+    def options_of(self, command: click.Command) -> set[str]:
+        parameters = command.params
         return {"--help"} | {name for p in parameters if isinstance(p, click.Option) for name in p.opts}
 
 

@@ -17,6 +17,7 @@ from erofs_twisted.cli import commands
 from erofs_twisted.options import IMAGE_OPTIONS, MOUNT_OPTIONS, OptionError, read_image_config
 from erofs_twisted.registry.platform import Platform
 from erofs_twisted.tap import Options
+from tests.commands import every_command
 
 IMAGE = ("--image", "registry.example/app:1.2")
 WHERE = ("--mountpoint", "/mnt")
@@ -212,7 +213,7 @@ class HelpTests(SynchronousTestCase):
             "timeout",
             "lazy",
         }
-        for command in commands.commands.values():
+        for _, command in every_command(commands):
             for parameter in command.params:
                 for spelling in parameter.opts:
                     if spelling.startswith("--"):

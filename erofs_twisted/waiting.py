@@ -1,0 +1,51 @@
+"""Waiting for a mount that another process makes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from erofs_twisted.errors import MountError
+from erofs_twisted.mount.mountinfo import mount_at, parse_mountinfo
+from erofs_twisted.state.journal import Journal, daemon_runs
+from erofs_twisted.state.records import Status
+
+POLL = 0.02
+
+
+def wait_until_ready(
+    journal: Journal, path: str, timeout: float, check: Callable[[], object] = lambda: None
+) -> None:
+    """Return as soon as the mount point ``path`` can be used. It blocks, up to ``timeout`` seconds.
+
+    Raises `MountError` where it cannot, with the daemon's own words. As long as there is no record of one,
+    ``check`` is called, which may raise something else.
+    """
+    deadline = time.monotonic() + timeout
+    while True:
+        record = journal.read(path)
+        if record is not None:
+            alive = daemon_runs(record)
+            if alive and record.status is Status.READY and _is_mounted(path):
+                return
+            if not alive:
+                if not record.device:
+                    journal.forget(path)
+                raise MountError(
+                    record.reason
+                    or f"the daemon of {path} (process {record.pid}) was killed; "
+                    f"'erofs-nbd umount {path}' clears away what it left"
+                )
+        else:
+            check()
+        if time.monotonic() >= deadline:
+            if record is None:
+                raise MountError(f"no daemon for {path} came up in {timeout:g} s; see its log")
+            reason = f": {record.reason}" if record.reason else ""
+            raise MountError(f"{path} is still {record.status} after {timeout:g} s{reason}")
+        time.sleep(POLL)
+
+
+def _is_mounted(path: str) -> bool:
+    return mount_at(parse_mountinfo(Path("/proc/self/mountinfo").read_bytes()), path) is not None
