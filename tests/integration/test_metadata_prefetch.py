@@ -1,0 +1,130 @@
+"""What the kernel reads for ``find -ls`` of a real image is there once its metadata was fetched ahead."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sysconfig
+from collections.abc import Sequence
+from pathlib import Path
+
+from twisted.internet import reactor
+from twisted.internet.defer import Deferred, ensureDeferred
+from twisted.internet.task import deferLater
+from twisted.python.threadpool import ThreadPool
+from zope.interface import implementer
+
+from erofs_twisted.blocks.cache import CacheDirectory
+from erofs_twisted.blocks.readahead import ByteRange
+from erofs_twisted.blocks.source import BlobSource
+from erofs_twisted.device.fuse import FuseConnector
+from erofs_twisted.erofs.superblock import Superblock
+from erofs_twisted.image import BlobExport
+from erofs_twisted.interfaces import Delivery, IBlobReader
+from erofs_twisted.prefetch.metadata import prefetch_metadata
+from tests.devices import DeviceTestCase
+from tests.images import build_erofs
+from tests.unit.blobs import digest_of
+
+ROUND_TRIP = 0.025
+FIND = ("find", ".", "-type", "d", "-printf", "d %m %p\n", "-o", "-printf", "%y %m %s %n %l %p\n")
+"""Reads every directory, every inode and every link."""
+
+
+STANDARD_LIBRARY = Path(sysconfig.get_path("stdlib"))
+
+
+def attributes(tree: Path) -> dict[str, dict[str, bytes]]:
+    """The extended attributes of every file, by its path."""
+    return {
+        str(path.relative_to(tree)): {name: os.getxattr(path, name) for name in os.listxattr(path)}
+        for path in tree.rglob("*")
+    }
+
+
+@implementer(IBlobReader)
+class LateOrigin:
+    """The bytes of a file; each answer takes `ROUND_TRIP` to come."""
+
+    def __init__(self, path: Path) -> None:
+        self.data = path.read_bytes()
+        self.digest = digest_of(self.data)
+        self.size = len(self.data)
+        self.asked: list[tuple[int, int]] = []
+
+    def read(self, offset: int, length: int, deliver: Delivery) -> Deferred[None]:
+        self.asked.append((offset, length))
+        return ensureDeferred(self._answer(offset, length, deliver))
+
+    async def _answer(self, offset: int, length: int, deliver: Delivery) -> None:
+        await deferLater(reactor, ROUND_TRIP)
+        deliver(self.data[offset : offset + length])
+
+
+class NoReadahead:
+    """Guesses nothing, so that what is asked for is what a read waits for."""
+
+    def advise(self, offset: int, length: int, missing: bool) -> Sequence[ByteRange]:
+        return ()
+
+
+class PrefetchedMountTests(DeviceTestCase):
+    def connector(self) -> FuseConnector:
+        return FuseConnector(reactor, self.pool, str(self.directory / "run"))
+
+    async def open(self, tree: Path, *options: str) -> Superblock:
+        image = build_erofs(tree, self.directory / "other.erofs", *options)
+        self.origin = LateOrigin(image)
+        threads = ThreadPool(0, 4)
+        threads.start()
+        self.addCleanup(lambda: self.in_thread(threads.stop))
+        cache = CacheDirectory(reactor, threads, str(self.directory / "cache"))
+        cached = await cache.open(self.origin.digest, self.origin.size)
+        self.source = BlobSource(self.origin, cached, reactor, NoReadahead())
+        self.addCleanup(self.source.close)
+        self.export = BlobExport("", "", self.source)
+        return Superblock.parse(self.origin.data[:4096], self.origin.size)
+
+    async def listing(self, root: Path) -> list[str]:
+        done = await self.in_thread(
+            lambda: subprocess.run(FIND, cwd=root, check=True, capture_output=True, text=True)
+        )
+        return sorted(done.stdout.splitlines())
+
+    async def assert_find_asks_for_nothing(self, tree: Path, *options: str) -> None:
+        superblock = await self.open(tree, *options)
+        covered = await prefetch_metadata(self.source, superblock, reactor)
+        self.assertLess(covered, self.origin.size // 2)
+        await self.mount(await self.attach())
+        asked = list(self.origin.asked)
+        target = Path(self.mountpoint.path)
+        self.assertEqual(await self.listing(tree), await self.listing(target))
+        self.assertEqual(asked, self.origin.asked)
+
+    async def test_of_a_plain_image(self) -> None:
+        await self.assert_find_asks_for_nothing(STANDARD_LIBRARY)
+
+    async def test_of_a_compressed_image(self) -> None:
+        await self.assert_find_asks_for_nothing(STANDARD_LIBRARY, "-zlz4hc")
+
+    async def test_of_an_image_with_all_kinds_of_compression(self) -> None:
+        await self.assert_find_asks_for_nothing(
+            STANDARD_LIBRARY, "-zlz4hc", "-C65536", "-Eztailpacking,fragments,dedupe"
+        )
+
+    async def test_of_an_image_of_chunks(self) -> None:
+        await self.assert_find_asks_for_nothing(STANDARD_LIBRARY, "--chunksize=65536")
+
+    async def test_of_shared_and_inline_attributes(self) -> None:
+        tree = self.directory / "attributes"
+        for number in range(60):
+            file = tree / f"directory-{number % 7}" / f"file-{number}"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(os.urandom(300_000))
+            os.setxattr(file, "user.own", os.urandom(10 * number))
+            os.setxattr(file, "user.shared", b"the same for many " * 5 + bytes([number % 10]))
+        await self.assert_find_asks_for_nothing(tree, "-x2")
+        asked = list(self.origin.asked)
+        target = Path(self.mountpoint.path)
+        self.assertEqual(await self.in_thread(attributes, tree), await self.in_thread(attributes, target))
+        self.assertEqual(asked, self.origin.asked)
