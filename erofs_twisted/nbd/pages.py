@@ -217,6 +217,11 @@ class Files(dict[int, FilePages]):
                 loaded.append(each)
         return loaded
 
+    def bring_again(self, span: FileSpan) -> Deferred[Sendable] | None:
+        """Have a span read in that was in memory a while ago; None where it still is."""
+        pages = self[span.fd]
+        return None if pages.has(span.offset, span.length) else pages.bring(span, keep=False)
+
     def close(self) -> None:
         """Let go of all of them. Readings under way have to be cancelled before."""
         for pages in self.values():

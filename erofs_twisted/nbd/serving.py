@@ -74,6 +74,7 @@ class Serving:
         self._write: Callable[[Sequence[Any]], None]
         if ISpanTransport.providedBy(transport):
             self._write, self._inline = transport.write_segments, SMALL
+            transport.bring = self._files.bring_again
         else:
             self._write, self._inline = transport.writeSequence, MAXIMUM_PAYLOAD
         transport.registerProducer(self, True)

@@ -6,17 +6,18 @@ import errno
 import os
 import socket
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from twisted.internet.abstract import FileDescriptor
 from twisted.internet.address import UNIXAddress
+from twisted.internet.defer import Deferred
 from twisted.internet.error import ConnectionAborted, ConnectionLost
 from twisted.internet.interfaces import IProtocol, ITransport
 from twisted.internet.main import CONNECTION_DONE, CONNECTION_LOST
 from twisted.logger import Logger
 from twisted.python.failure import Failure
-from zope.interface import implementer
+from zope.interface import Attribute, implementer
 
 from erofs_twisted.interfaces import FileSpan, Segment
 
@@ -26,6 +27,9 @@ TURN = 4 << 20
 SEND_BUFFER = 1 << 20
 """Bytes that the kernel is asked to hold for the peer: with few, each piece wakes up both sides."""
 
+LATE = 0.1
+"""Seconds after which it is no longer taken for granted that what waits for the peer is still in memory."""
+
 Sendable = Segment | bytearray
 
 _SO_SNDBUFFORCE = 32  # <asm-generic/socket.h>; the socket module has no name for it
@@ -33,6 +37,11 @@ _SO_SNDBUFFORCE = 32  # <asm-generic/socket.h>; the socket module has no name fo
 
 class ISpanTransport(ITransport):
     """A transport that takes spans of files too."""
+
+    bring: Callable[[FileSpan], Deferred[Any] | None] | None = Attribute(
+        "None, or what a `FileSpan` is given to that the peer has made wait, before it is sent: it returns "
+        "None if the span is still in memory, else a Deferred that fires when it is again."
+    )
 
     def write_segments(segments: Sequence[Sendable]) -> None:
         """Send ``segments`` in order, at once as far as the peer takes them.
@@ -53,6 +62,7 @@ class SpanTransport(FileDescriptor):
 
     bufferSize = 16 << 10  # of requests: enough for hundreds, few enough to be a fair share of the reactor
     reactor: Any
+    bring: Callable[[FileSpan], Deferred[Any] | None] | None = None
     _log = Logger()
 
     def __init__(
@@ -72,6 +82,9 @@ class SpanTransport(FileDescriptor):
         self.protocol = protocol
         self.connected = 1
         self._queue: deque[bytes | bytearray | memoryview | FileSpan] = deque()
+        self._queued_since = 0.0
+        self._bringing: Deferred[None] | None = None
+        self._brought = False
         self._allowance = TURN
         self._failure: ConnectionLost | None = None
         self._aborted = False
@@ -103,6 +116,8 @@ class SpanTransport(FileDescriptor):
         if goes_now:
             self._send()
         if self._queue or self._failure:
+            if goes_now:
+                self._queued_since = self.reactor.seconds()
             self.reactor.addWriter(self)
             self._pause_producer()
         elif self.producer is not None and not self.streamingProducer:
@@ -125,7 +140,8 @@ class SpanTransport(FileDescriptor):
         if self._aborted:
             return None
         self._allowance = TURN
-        self._send()
+        if not self._failure and self._is_at_hand():
+            self._send()
         if self._failure:
             return self._failure
         if self._queue:
@@ -147,6 +163,7 @@ class SpanTransport(FileDescriptor):
             return
         self._aborted = True
         self._queue.clear()
+        self._stop_bringing()
         self.reactor.removeReader(self)
         self.reactor.removeWriter(self)
         self.reactor.callLater(0, self.connectionLost, Failure(ConnectionAborted()))
@@ -156,6 +173,7 @@ class SpanTransport(FileDescriptor):
             return
         super().connectionLost(reason)  # type: ignore[no-untyped-call]
         self._queue.clear()
+        self._stop_bringing()
         try:
             self.socket.shutdown(socket.SHUT_RDWR)
         except OSError:
@@ -193,12 +211,49 @@ class SpanTransport(FileDescriptor):
                 return
             self._allowance -= sent
 
+    def _is_at_hand(self) -> bool:
+        """Whether what comes next can be sent without a wait for its disk; if not, it is sent when it can."""
+        if self._bringing is not None:
+            self.reactor.removeWriter(self)
+            return False
+        if self.bring is None or self.reactor.seconds() - self._queued_since <= LATE:
+            return True
+        head = self._queue[0] if self._queue else b""
+        if not isinstance(head, FileSpan):
+            self._allowance = len(head)
+            return True
+        self._allowance = min(head.length, SEND_BUFFER)
+        if self._brought:  # so there is progress, even where memory is too short for what is to be sent
+            self._brought = False
+            return True
+        bringing = self.bring(FileSpan(head.fd, head.offset, self._allowance))
+        if bringing is None:
+            return True
+        self.reactor.removeWriter(self)
+        self._bringing = bringing.addCallbacks(self._go_on, self._give_up)
+        return False
+
+    def _go_on(self, _: object) -> None:
+        self._bringing, self._brought = None, True
+        self.reactor.addWriter(self)
+
+    def _give_up(self, failure: Failure) -> None:
+        self._bringing = None
+        if not self._aborted and not self.disconnected:
+            assert failure.value is not None
+            self._fail(failure.value)
+            self.reactor.addWriter(self)
+
+    def _stop_bringing(self) -> None:
+        if self._bringing is not None:
+            self._bringing.cancel()
+
     def _pause_producer(self) -> None:
         if self.producer is not None and self.streamingProducer and not self.producerPaused:
             self.producerPaused = True
             self.producer.pauseProducing()  # type: ignore[attr-defined]
 
-    def _fail(self, error: OSError) -> None:
+    def _fail(self, error: BaseException) -> None:
         """Have the reactor lose the connection when it comes by next."""
         self._queue.clear()
         self._failure = CONNECTION_LOST

@@ -17,6 +17,7 @@ from twisted.python.failure import Failure
 from twisted.trial.unittest import TestCase
 from zope.interface import implementer
 
+from erofs_twisted.errors import ReadError
 from erofs_twisted.interfaces import FileSpan
 from erofs_twisted.nbd import transport as module
 from erofs_twisted.nbd.transport import SpanTransport
@@ -192,6 +193,91 @@ class SpanTransportTests(TestCase):
         self.transport.write_segments([b"h" * 10, self.span(0, 5000)])
         self.assertEqual(1000, len(self.peer.recv(9000, socket.MSG_DONTWAIT)))
         self.assertEqual(4010, len(await self.take(4010)))
+
+    async def test_what_is_sent_without_delay_is_not_looked_for_again(self) -> None:
+        self.transport.bring = self.fail
+        self.transport.write_segments([b"header", self.span()])
+        self.assertTrue(await self.take(LENGTH + 6) == b"header" + CONTENT)
+
+    def make_late(self) -> list[tuple[FileSpan, Deferred[None]]]:
+        """All that waits for the peer is late from now on; what is to be brought, and when it is there."""
+        brought: list[tuple[FileSpan, Deferred[None]]] = []
+
+        def bring(span: FileSpan) -> Deferred[None]:
+            brought.append((span, Deferred()))
+            return brought[-1][1]
+
+        self.patch(module, "LATE", -1.0)
+        self.transport.bring = bring
+        return brought
+
+    async def test_what_the_peer_makes_wait_is_brought_before_it_is_sent(self) -> None:
+        brought = self.make_late()
+        self.transport.write_segments([b"header", self.span(0, LENGTH - 7), b"trailer"])
+        taking = self.take(LENGTH + 6)
+        expected = 0
+        while not taking.called:
+            if expected < len(brought):
+                (span, there) = brought[expected]
+                self.assertLessEqual(span.length, module.SEND_BUFFER)
+                await deferLater(reactor, 0.005)
+                self.assertEqual(expected + 1, len(brought))
+                expected += 1
+                there.callback(None)
+            await deferLater(reactor, 0)
+        self.assertTrue(await taking == b"header" + CONTENT[:-7] + b"trailer")
+        self.assertGreater(expected, 0)
+
+    def test_no_more_than_was_brought_is_sent_in_a_turn(self) -> None:
+        brought = self.make_late()
+        self.patch(module, "SEND_BUFFER", 1000)
+        self.peer.setblocking(False)
+        self.transport._allowance = 0
+        self.transport.write_segments([self.span()])
+        for turn in range(3):
+            self.assertIsNone(self.transport.doWrite())
+            span, there = brought[turn]
+            self.assertEqual((turn * 1000, 1000), (span.offset, span.length))
+            self.assertRaises(BlockingIOError, self.peer.recv, 9000)
+            there.callback(None)
+            self.assertIsNone(self.transport.doWrite())
+            taken = self.peer.recv(9000)
+            self.assertEqual(CONTENT[turn * 1000 : (turn + 1) * 1000], taken)
+
+    async def test_what_is_still_at_hand_is_sent_though_it_is_late(self) -> None:
+        self.make_late()
+        asked: list[FileSpan] = []
+        self.transport.bring = asked.append
+        self.transport.write_segments([b"header", self.span(), b"trailer"])
+        self.assertTrue(await self.take(LENGTH + 13) == b"header" + CONTENT + b"trailer")
+        self.assertTrue(asked)
+
+    async def test_what_cannot_be_brought_ends_the_connection_and_the_log_says_why(self) -> None:
+        brought = self.make_late()
+        self.transport.write_segments([b"header", self.span()])
+        taking = self.take(LENGTH)
+        while not brought:
+            await deferLater(reactor, 0)
+        with capturedLogs() as events:
+            brought[0][1].errback(ReadError("the disk is gone"))
+            await self.protocol.lost
+        self.assertEqual([ConnectionLost], self.protocol.reasons)
+        self.assertIn("the disk is gone", events[0]["reason"])
+        self.assertLess(len(await taking), LENGTH)
+
+    async def test_the_end_of_the_connection_cancels_what_is_brought(self) -> None:
+        brought = self.make_late()
+        self.transport.write_segments([b"header", self.span()])
+        taking = self.take(LENGTH)
+        while not brought:
+            await deferLater(reactor, 0)
+        self.transport.loseConnection()
+        await deferLater(reactor, 0.005)
+        self.assertEqual([], self.protocol.reasons)
+        self.transport.abortConnection()
+        self.assertTrue(brought[0][1].called)
+        await self.protocol.lost
+        self.assertLess(len(await taking), LENGTH)
 
     async def test_half_closing_sends_what_is_queued_and_still_receives(self) -> None:
         self.transport.write_segments([b"header", self.span()])

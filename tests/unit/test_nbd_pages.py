@@ -295,6 +295,14 @@ class FilePagesTests(Threads):
         self.assertEqual(CONTENT[:10], self.successResultOf(brought))
         pages.close()
 
+    def test_what_has_left_memory_is_brought_again_and_the_rest_is_let_be(self) -> None:
+        self.assertIsNone(self.files.bring_again(FileSpan(self.fd, 0, 10)))
+        gone = FileSpan(self.fd, MISSING, 10)
+        brought = self.files.bring_again(gone)
+        assert brought is not None
+        self.run_threads()
+        self.assertEqual(gone, self.successResultOf(brought))
+
     def test_loading_leaves_bytes_as_they_are(self) -> None:
         short, long = FileSpan(self.fd, 3, 10), FileSpan(self.fd, 0, 11)
         loaded = Deferred.fromCoroutine(self.files.load([b"<", short, long, b">"], 10))
