@@ -38,6 +38,7 @@ kernel: setup
 bench: setup
 	$(PYTHON) -m benchmarks.nbd_throughput
 	$(PYTHON) -m benchmarks.cached_reads
+	$(PYTHON) -m benchmarks.slow_disk
 	$(PYTHON) -m benchmarks.memory
 	$(PYTHON) -m benchmarks.startup
 

@@ -57,10 +57,11 @@ class SlowDisk:
             self._process.wait()
             shutil.rmtree(self._directory)
 
-    def drop(self) -> None:
-        """Have nothing of the file in memory."""
-        descriptor = os.open(self.path, os.O_RDONLY)
-        try:
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(descriptor)
+
+def drop(path: str) -> None:
+    """Have nothing of a file in memory that has not been changed lately."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(descriptor)
