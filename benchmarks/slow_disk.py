@@ -1,8 +1,8 @@
 """What a slow disk does to the cached reads of another export: ``python -m benchmarks.slow_disk``.
 
 One server has two exports: one in the page cache, one on a disk each read of which takes a while, dropped
-from the page cache (posix_fadvise, DONTNEED). How long reads of the first take, one at a time, alone and while
-nbdcopy reads the second; and the same by a server that sends without asking what is in memory.
+from the page cache (posix_fadvise, DONTNEED). How long reads of the first take, one at a time, alone and
+while nbdcopy reads the second; and the same by a server that sends without asking what is in memory.
 
 The disk is nbdkit's delay filter under nbdfuse: the kernel's page cache over a device that is slow. Or give
 a file on a disk that is slow by other means, such as a cgroup's limit.
