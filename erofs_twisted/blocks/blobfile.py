@@ -140,16 +140,24 @@ class BlobFile:
         if State.of(os.pread(self.fd, BLOCK, self.identity.header_offset)).poisoned:
             raise OtherDigest("another process has hashed it")
 
-    def write(self, chunk: int, pieces: Sequence[bytes | memoryview]) -> None:
-        """Write a whole chunk, unless a process has done so, and mark it as fresh.
+    def write(self, first: int, end: int, pieces: Sequence[bytes | memoryview]) -> None:
+        """Write those of the whole chunks [first, end) that no process has written, and mark them as fresh.
 
         Raises OSError, also for a full disk, or `DamagedFile`.
         """
         # Writing behind the end of a file that was cut short would fill the gap with zeros.
         self._check_size()
-        if self.read_marks(chunk, chunk + 1) == _ABSENT:
-            _write_fully(self.fd, pieces, self.identity.chunking.start(chunk))
-            self._put_marks(chunk, _FRESH)
+        chunking = self.identity.chunking
+        begin = chunking.start(first)
+        absent = [
+            (first + start, first + stop) for start, stop in runs_of(ABSENT, self.read_marks(first, end))
+        ]
+        data = None if absent == [(first, end)] else memoryview(b"".join(pieces))
+        for start, stop in absent:
+            if data is not None:
+                pieces = [data[chunking.start(start) - begin : chunking.start(stop) - begin]]
+            _write_fully(self.fd, pieces, chunking.start(start))
+            self._put_marks(start, _FRESH * (stop - start))
 
     def read_marks(self, first: int, end: int) -> bytes:
         """The marks of the chunks [first, end) in the file; fewer, if it was cut short. Raises OSError."""
@@ -201,12 +209,10 @@ class BlobFile:
 
         Raises `OtherDigest`, or OSError.
         """
-        offset = self.identity.header_offset
-        if os.pread(self.fd, 1, offset + VERIFIED_AT) != _PRESENT:
+        if os.pread(self.fd, 1, self.identity.header_offset + VERIFIED_AT) != _PRESENT:
             if not self.hash(cancelled):
                 return False
-            os.fdatasync(self.fd)
-            _write_fully(self.fd, [_PRESENT], offset + VERIFIED_AT)
+            self.note_verified()
         self.verified = True
         return True
 
@@ -228,6 +234,16 @@ class BlobFile:
         if found.hexdigest() != expected.encoded:
             raise OtherDigest(f"its bytes have the digest {expected.algorithm}:{found.hexdigest()}")
         return True
+
+    def note_verified(self) -> None:
+        """Tell the next who open the file that `hash` was content; all chunks are marked as present. Raises
+        OSError."""
+        os.fdatasync(self.fd)
+        _write_fully(self.fd, [_PRESENT], self.identity.header_offset + VERIFIED_AT)
+
+    def forget_pages(self) -> None:
+        """Have what is read next come from the disk, as far as the kernel lets go of it."""
+        os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def poison(self) -> None:
         """Tell the other processes that the blob has another digest than it should. Raises OSError."""

@@ -61,15 +61,17 @@ class CachedBlob:
         self._wait()
         self._verify_when_complete()
 
-    def store(self, chunk: int, pieces: Sequence[bytes | memoryview]) -> bool:
-        """Keep a whole chunk, for every process. It is there if this returns True, else it could not be kept
-        (disk full)."""
+    def store(self, first: int, pieces: Sequence[bytes | memoryview]) -> bool:
+        """Keep whole chunks, from ``first`` on, for every process. They are there if this returns True, else
+        they could not be kept (disk full)."""
         if self._closing or self._lost or self.error:
             return False
-        if not self._directory.take(self.chunking.length(chunk)):
+        length = sum(map(len, pieces))
+        end = self.chunking.span(self.chunking.start(first), length)[1]
+        if not self._directory.take(length):
             return False
         try:
-            self._file.write(chunk, pieces)
+            self._file.write(first, end, pieces)
         except DamagedFile as error:
             self._lose(str(error))
             return False
@@ -88,7 +90,7 @@ class CachedBlob:
             self._log.info("the cache file {path} can be written again", path=self._path)
             self._writes_fail = False
         self._unsafe = True
-        self.chunks.set(chunk, chunk + 1)
+        self.chunks.set(first, end)
         self._verify_when_complete()
         return True
 

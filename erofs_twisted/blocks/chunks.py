@@ -45,6 +45,11 @@ class Chunking:
         """The first byte of a chunk; of the chunk after the last, the blob's end."""
         return min(chunk << self.bits, self.size)
 
+    def whole(self, first: int, length: int) -> int:
+        """Of ``length`` bytes from the start of the chunk ``first`` on, the end of the whole chunks."""
+        end = self.start(first) + length
+        return self.count if end == self.size else end >> self.bits
+
     def length(self, chunk: int) -> int:
         """Bytes of a chunk."""
         return self.start(chunk + 1) - self.start(chunk)

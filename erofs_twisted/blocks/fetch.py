@@ -33,8 +33,8 @@ class FetchOwner(Protocol):
         """Its turn has come: is it this process that is to transfer it? If not, it may have been cancelled
         since it is needed no more; else it is asked for again a little later."""
 
-    def chunk_fetched(self, fetch: Fetch, chunk: int, pieces: Sequence[memoryview]) -> None:
-        """A chunk has come whole."""
+    def chunks_fetched(self, fetch: Fetch, first: int, end: int, pieces: Sequence[memoryview]) -> None:
+        """The chunks [first, end) have come whole."""
 
     def fetch_failed(self, fetch: Fetch, error: ReadError) -> None:
         """The chunks from ``fetch.first`` on do not come."""
@@ -136,16 +136,19 @@ class Fetch:
             return
         if self._watch is not None:
             self._watch(self, len(data))
-        view = memoryview(data)
-        while view and not self.ended:
-            wanted = self._chunking.length(self.first) - self._received
-            piece, view = view[:wanted], view[wanted:]
-            self._pieces.append(piece)
-            self._received += len(piece)
-            if len(piece) == wanted:
-                chunk, pieces = self.first, self._pieces
-                self.first, self._pieces, self._received = chunk + 1, [], 0
-                self.owner.chunk_fetched(self, chunk, pieces)
+        self._pieces.append(memoryview(data))
+        self._received += len(data)
+        first, end = self.first, self._chunking.whole(self.first, self._received)
+        if first == end:
+            return
+        length = self._chunking.start(end) - self._chunking.start(first)
+        pieces, rest = self._pieces, self._received - length
+        self.first, self._pieces, self._received = end, [], rest
+        if rest:
+            # All of them were one chunk's before the last piece came.
+            last = pieces[-1]
+            pieces[-1], self._pieces = last[:-rest], [last[-rest:]]
+        self.owner.chunks_fetched(self, first, end, pieces)
 
     def _fail(self, error: ReadError) -> None:
         if self.ended:

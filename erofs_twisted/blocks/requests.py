@@ -29,7 +29,8 @@ later is asked for once more."""
 class Requests:
     """The fetches of one blob.
 
-    ``arrived`` is told of each chunk that is there now, and given its pieces if it could not be kept.
+    ``arrived`` is told of chunks that are there now; if they could not be kept, it is given the first of a
+    run of chunks with all of them in it, and the run's bytes.
     ``failed`` is told of chunks that do not come, and why, and if they were only a guess.
     """
 
@@ -41,7 +42,7 @@ class Requests:
         cached: CachedBlob,
         clock: IReactorTime,
         queue: FetchQueue,
-        arrived: Callable[[int, Sequence[memoryview] | None], None],
+        arrived: Callable[[Sequence[int], tuple[int, Sequence[memoryview]] | None], None],
         failed: Callable[[Sequence[int], ReadError, bool], None],
     ) -> None:
         self.bytes_fetched = 0
@@ -121,15 +122,18 @@ class Requests:
             fetch.refused_at = now
         return now - fetch.refused_at >= OTHERS_PATIENCE
 
-    def chunk_fetched(self, fetch: Fetch, chunk: int, pieces: Sequence[memoryview]) -> None:
+    def chunks_fetched(self, fetch: Fetch, first: int, end: int, pieces: Sequence[memoryview]) -> None:
         """See `erofs_twisted.blocks.fetch.FetchOwner`."""
-        self.bytes_fetched += self._chunking.length(chunk)
-        if self._fetches.pop(chunk, None) is None:
+        fetches = self._fetches
+        length = self._chunking.start(end) - self._chunking.start(first)
+        self.bytes_fetched += length
+        wanted = [chunk for chunk in range(first, end) if fetches.pop(chunk, None) is not None]
+        if not wanted:
             return  # another fetch was faster
-        stored = self._cached.store(chunk, pieces)
+        stored = self._cached.store(first, pieces)
         if not stored:
-            self.bytes_unkept += self._chunking.length(chunk)
-        self._arrived(chunk, None if stored else pieces)
+            self.bytes_unkept += length
+        self._arrived(wanted, None if stored else (first, pieces))
 
     def fetch_failed(self, fetch: Fetch, error: ReadError) -> None:
         """See `erofs_twisted.blocks.fetch.FetchOwner`."""
@@ -230,9 +234,7 @@ class Requests:
             del self._fetches[chunk]
         for start, stop in _runs(chunk for chunk in wanted if not self._chunks.present(chunk, chunk + 1)):
             self._fetch(start, stop, fetch.priority)
-        for chunk in wanted:
-            if chunk not in self._fetches:
-                self._arrived(chunk, None)
+        self._arrived([chunk for chunk in wanted if chunk not in self._fetches], None)
 
     def _chunks_of(self, fetch: Fetch) -> list[int]:
         """What a fetch is still to bring; another one may have been started for a part of it."""

@@ -168,14 +168,16 @@ class BlobSource:
         self._requests.request(advice, first, end, priority)
         return waiter.done
 
-    def _arrived(self, chunk: int, unkept: Sequence[memoryview] | None) -> None:
-        """A chunk is there; or, if it could not be kept, these are its bytes."""
-        waiters = self._waiters.pop(chunk)
-        data = b"".join(unkept) if unkept is not None and waiters else None
+    def _arrived(self, chunks: Sequence[int], unkept: tuple[int, Sequence[memoryview]] | None) -> None:
+        """Chunks are there; or, if they could not be kept, this is a run's first one, and the run's bytes."""
+        waiters = self._waiters.pop(chunks)
+        if unkept is not None and waiters:
+            first, pieces = unkept
+            start, data = self._chunking.start(first), b"".join(pieces)
+            for waiter in waiters:
+                if waiter.wants_bytes:
+                    waiter.unkept.append((start, data))
         for waiter in waiters:
-            waiter.missing -= 1
-            if data is not None and waiter.wants_bytes:
-                waiter.unkept[chunk] = data
             # A reader that was called back may have cancelled this one, or closed the source.
             if waiter.missing or waiter.done.called:
                 continue
@@ -203,18 +205,18 @@ class BlobSource:
         self._requests.withdraw(waiter.first, waiter.end, self._waiters.any)
 
     def _segments(self, waiter: Waiter) -> list[Segment]:
-        if not waiter.unkept:
-            return [FileSpan(self._fd, waiter.offset, waiter.length)]
-        segments: list[Segment] = []
         position, end = waiter.offset, waiter.offset + waiter.length
-        for chunk in range(waiter.first, waiter.end):
-            start, stop = self._chunking.start(chunk), min(self._chunking.start(chunk + 1), end)
-            data = waiter.unkept.get(chunk)
-            if data is None:
-                segments.append(FileSpan(self._fd, position, stop - position))
-            else:
-                segments.append(data[position - start : stop - start])
+        segments: list[Segment] = []
+        for begin, data in sorted(waiter.unkept):
+            start, stop = max(begin, position), min(begin + len(data), end)
+            if start >= stop:
+                continue
+            if position < start:
+                segments.append(FileSpan(self._fd, position, start - position))
+            segments.append(data[start - begin : stop - begin])
             position = stop
+        if position < end:
+            segments.append(FileSpan(self._fd, position, end - position))
         return segments
 
     async def _prefetch(self, cuts: Iterator[tuple[int, int]], priority: Priority, lanes: int) -> None:

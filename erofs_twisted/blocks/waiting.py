@@ -22,8 +22,8 @@ class Waiter:
     """A prefetch does not; it only waits."""
     done: Deferred[list[Segment]]
     missing: int = 0
-    unkept: dict[int, bytes] = attrs.field(factory=dict)
-    """Chunks that came, but could not be stored in the cache."""
+    unkept: list[tuple[int, bytes]] = attrs.field(factory=list)
+    """What came, but could not be stored in the cache: a place in the blob, and the bytes from there on."""
 
 
 class Waiters:
@@ -48,9 +48,14 @@ class Waiters:
                 if not waiters:
                     del self._by_chunk[chunk]
 
-    def pop(self, chunk: int) -> list[Waiter]:
-        """Those who waited for a chunk, which is no more waited for."""
-        return self._by_chunk.pop(chunk, [])
+    def pop(self, chunks: Iterable[int]) -> list[Waiter]:
+        """Those who waited for any of these chunks, which are there now, each once."""
+        found: dict[Waiter, None] = {}
+        for chunk in chunks:
+            for waiter in self._by_chunk.pop(chunk, ()):
+                waiter.missing -= 1
+                found[waiter] = None
+        return list(found)
 
     def of(self, chunks: Iterable[int]) -> list[Waiter]:
         """Those who wait for any of these chunks, in the order in which they came, each once."""

@@ -223,7 +223,7 @@ class FailureTests(SourceCase):
         self.origin.transfers[1].finish()
         segments = self.successResultOf(waiting)
         self.assertEqual(DATA[CHUNK - 10 : 2 * CHUNK + 10], joined(segments))
-        self.assertEqual([FileSpan, bytes, bytes], [type(segment) for segment in segments])
+        self.assertEqual([FileSpan, bytes], [type(segment) for segment in segments])
         self.waits(CHUNK, CHUNK)
 
 
