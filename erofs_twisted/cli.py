@@ -19,7 +19,9 @@ from erofs_twisted.options import (
     Option,
     OptionError,
     passwords_on_command_line,
+    read_cache_dir,
     read_image_config,
+    read_size,
     read_state_dir,
 )
 from erofs_twisted.process import conceal_arguments, on_stop_signal
@@ -188,6 +190,62 @@ def push_trace(image: str, **options: Any) -> None:
 
     config = _image_config(image, options)
     click.echo(_run(lambda reactor: push(reactor, config)))
+
+
+@commands.group()
+def cache() -> None:
+    """What was fetched and is kept: list it, check it, remove what is not in use.
+
+    No daemon is needed, and mounts go on meanwhile.
+    """
+
+
+@cache.command("ls")
+@click.option("--json", "as_json", is_flag=True, help="for programs")
+@takes("cache-dir")
+def list_cache(as_json: bool, cache_dir: str | None) -> None:
+    """List the blobs in the cache, the least recently used first."""
+    from erofs_twisted.cachekeeping import as_dict, blobs_in, show
+
+    path = read_cache_dir({"cache-dir": cache_dir})
+    blobs = blobs_in(path)
+    if as_json:
+        click.echo(json.dumps(as_dict(path, blobs), indent=2))
+    else:
+        show(blobs)
+
+
+@cache.command("verify")
+@click.argument("digest", nargs=-1)
+@takes("cache-dir")
+def verify_cache(digest: tuple[str, ...], cache_dir: str | None) -> None:
+    """Read complete blobs from the disk and compare them with their digests: these, or all.
+
+    What is wrong is dropped, and not served any more, also by mounts that use it. Then the exit status is 1.
+    """
+    from erofs_twisted.cachekeeping import verify
+
+    wrong = verify(read_cache_dir({"cache-dir": cache_dir}), digest, click.echo)
+    if wrong:
+        raise MountError(f"{wrong} blobs in the cache were wrong")
+
+
+@cache.command("prune")
+@click.option("--all", "everything", is_flag=True, help="remove all of them")
+@click.option("--size", metavar="SIZE", help="the least recently used, until no more is taken; K, M, G, T")
+@click.option("--older-than", metavar="DAYS", type=click.FloatRange(min=0), help="those unused for so long")
+@click.option("--dry-run", is_flag=True, help="only say what would go")
+@takes("cache-dir")
+def prune_cache(
+    everything: bool, size: str | None, older_than: float | None, dry_run: bool, cache_dir: str | None
+) -> None:
+    """Remove blobs that are not in use."""
+    from erofs_twisted.cachekeeping import prune
+
+    if everything == (size is not None or older_than is not None):
+        raise MountError("say what is to go: --all, or --size SIZE and --older-than DAYS, one or both")
+    path, limit = read_cache_dir({"cache-dir": cache_dir}), read_size("size", size)
+    click.echo(prune(path, everything=everything, size=limit, older_than=older_than, dry_run=dry_run))
 
 
 def _run(main: Callable[[Any], Coroutine[Any, Any, Any]]) -> Any:

@@ -181,6 +181,16 @@ def read_state_dir(values: Values) -> Path:
     return _given(values, "state-dir", _directory, default_state_dir)
 
 
+def read_cache_dir(values: Values) -> Path:
+    """``--cache-dir`` alone, for commands that only look after the cache. Raises `OptionError`."""
+    return _given(values, "cache-dir", _directory, default_cache_dir)
+
+
+def read_size(option: str, text: str | None) -> int | None:
+    """A size in bytes, as ``--cache-size`` has it. Raises `OptionError`."""
+    return None if text is None else _read(option, text, _size)
+
+
 def default_cache_dir() -> Path:
     if os.geteuid() == 0:
         return Path("/var/cache/erofs-twisted")

@@ -102,6 +102,11 @@ class CacheFiles:
         with self.locked():
             return list(self._entries())
 
+    def open_again(self, entry: Entry, identity: BlobIdentity) -> tuple[BlobFile, ChunkMap]:
+        """Open a file that is there. Raises `DamagedFile`, `UsedElsewhere`, or OSError."""
+        with self.locked():
+            return BlobFile.open(entry.path, identity)
+
     def evict(self, entry: Entry) -> bool:
         """Unlink a blob's file, unless it is in use. Raises OSError, `CacheError`."""
         with self.locked():

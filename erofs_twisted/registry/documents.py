@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from contextlib import suppress
 from typing import Any
 
 import attrs
@@ -86,3 +87,13 @@ def _write(path: str, document: Document) -> None:
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def discard_documents(cache_dir: str, before: float) -> None:
+    """Remove the documents put there before a time (seconds since 1970). Blocks; raises OSError."""
+    for directory, _, names in os.walk(os.path.join(cache_dir, DIRECTORY)):
+        for name in names:
+            path = os.path.join(directory, name)
+            with suppress(FileNotFoundError):
+                if os.stat(path, follow_symlinks=False).st_mtime < before:
+                    os.unlink(path)

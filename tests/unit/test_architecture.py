@@ -87,6 +87,7 @@ FLOORS: dict[int, list[str]] = {
         "blocks.blobfile",
         "blocks.cached",
         "blocks.cachefiles",
+        "blocks.survey",
         "blocks.header",
         "blocks.tracefile",
         "device.connector",
@@ -108,7 +109,7 @@ FLOORS: dict[int, list[str]] = {
     ],
     2: ["prefetch", "prefetch.fill", "prefetch.metadata", "prefetch.warmup", "tracing", "waiting"],
     3: ["image"],
-    4: ["service", "recording", "tracereport", "inspection", "serving", "unmounting"],
+    4: ["service", "cachekeeping", "recording", "tracereport", "inspection", "serving", "unmounting"],
     5: ["tap", "cli"],
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
