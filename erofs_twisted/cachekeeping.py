@@ -75,7 +75,7 @@ def show(blobs: Sequence[Blob], console: Console | None = None) -> None:
             blob.entry.digest,
         )
     console.print(table)
-    console.print(f"{len(blobs)} blobs, {readable(sum(blob.entry.allocated for blob in blobs))} on disk")
+    console.print(f"{count(len(blobs))}, {readable(sum(blob.entry.allocated for blob in blobs))} on disk")
 
 
 def verify(cache_dir: Path, digests: Sequence[str], say: Callable[[str], None]) -> int:
@@ -127,10 +127,15 @@ def prune(
     kept = [entry for entry in entries if entry not in gone]
     used = sum(entry not in gone for entry in chosen)
     return (
-        f"{len(gone)} blobs, {readable(_allocated(gone))}, {'would go' if dry_run else 'removed'}; "
-        f"{len(kept)} blobs, {readable(_allocated(kept))}, left"
-        + (f" ({used} of them only because they are in use)" if used else "")
+        f"{count(len(gone))}, {readable(_allocated(gone))}, {'would go' if dry_run else 'removed'}; "
+        f"{count(len(kept))}, {readable(_allocated(kept))}, left"
+        + (f" ({used} of them only for being in use)" if used else "")
     )
+
+
+def count(blobs: int) -> str:
+    """So many blobs."""
+    return "1 blob" if blobs == 1 else f"{blobs} blobs"
 
 
 def readable(size: int) -> str:

@@ -223,11 +223,11 @@ def verify_cache(digest: tuple[str, ...], cache_dir: str | None) -> None:
 
     What is wrong is dropped, and not served any more, also by mounts that use it. Then the exit status is 1.
     """
-    from erofs_twisted.cachekeeping import verify
+    from erofs_twisted.cachekeeping import count, verify
 
     wrong = verify(read_cache_dir({"cache-dir": cache_dir}), digest, click.echo)
     if wrong:
-        raise MountError(f"{wrong} blobs in the cache were wrong")
+        raise MountError(f"wrong in the cache: {count(wrong)}")
 
 
 @cache.command("prune")

@@ -266,12 +266,12 @@ class ShareTests(CacheCase):
     def test_of_several_chunks_only_those_are_written_that_are_not_there(self) -> None:
         ours, theirs = self.open(), self.open()
         self.store(theirs, 1, 3)
-        self.assertTrue(ours.store(0, [b"x" * 1500, b"x" * (len(DATA) - 1500)]))
-        self.assertEqual([0, 1, 2, 3, 4, 5], self.present(ours))
-        expected = bytearray(b"x" * len(DATA))
+        self.assertTrue(ours.store(0, [b"x" * 1500, b"x" * (5 * CHUNK - 1500)]))
+        self.assertEqual([0, 1, 2, 3, 4], self.present(ours))
+        expected = bytearray(b"x" * 5 * CHUNK)
         for start in (CHUNK, 3 * CHUNK):
             expected[start : start + CHUNK] = DATA[start : start + CHUNK]
-        self.assertEqual(bytes(expected), self.file().read_bytes()[: len(DATA)])
+        self.assertEqual(bytes(expected), self.file().read_bytes()[: 5 * CHUNK])
 
     def test_no_flush_takes_a_mark_of_the_other_back(self) -> None:
         ours, theirs = self.open(), self.open()

@@ -240,8 +240,8 @@ class PruneTests(CacheCase):
         output = self.run_command("prune", "--all").output
         self.assertEqual([2], self.there(1, 2))
         self.assertFalse(manifest.exists())
-        self.assertIn("1 blobs, 24.0 KiB, removed; 1 blobs", output)
-        self.assertIn("(1 of them only because they are in use)", output)
+        self.assertIn("1 blob, 24.0 KiB, removed; 1 blob, ", output)
+        self.assertIn("(1 of them only for being in use)", output)
 
     def test_what_was_not_used_for_long_goes(self) -> None:
         for seed, age in ((1, 1), (2, 8), (3, 30)):
@@ -272,7 +272,7 @@ class PruneTests(CacheCase):
 
     def test_a_dry_run_removes_nothing(self) -> None:
         self.leave(1)
-        self.assertIn("1 blobs, 24.0 KiB, would go", self.run_command("prune", "--all", "--dry-run").output)
+        self.assertIn("1 blob, 24.0 KiB, would go", self.run_command("prune", "--all", "--dry-run").output)
         self.assertEqual([1], self.there(1))
 
     def test_files_that_are_no_blobs_stay(self) -> None:
