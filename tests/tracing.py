@@ -176,7 +176,7 @@ class TraceTests(DaemonTestCase):
 
     def test_a_process_that_a_command_leaves_behind_loses_the_mount(self) -> None:
         image = self.registry.image("left", "plain")
-        left = "(cd {} && exec sleep 1000) >/dev/null 2>&1 & echo $!"
+        left = "exec 3<{}/executable; sleep 1000 >/dev/null 2>&1 & echo $!"
         try:
             done = run(
                 BIN / "erofs-nbd", "trace", "record", *self.where(),
