@@ -42,6 +42,8 @@ class WalkLimits:
     map_size: int = 64 * 1024
     """What is wanted of a single file's map at most: its reads will bring the rest."""
     shared_xattrs: int = 1 << 16
+    granules: int = 1 << 17
+    """Wanted in all; what lies in others is left out."""
 
 
 class Walk:
@@ -51,7 +53,8 @@ class Walk:
     at again. The walk has ended when there is nothing to look at, and nothing that it waits for: what it has
     seen until then is all there is, or `trouble` says why not.
 
-    It keeps 8 bytes for each inode that it is to look at, and a number for each directory it has been in.
+    It keeps 8 bytes for each inode that it is to look at, a number for each directory it has been in, and a
+    little for each granule that it waits for.
     """
 
     def __init__(
@@ -119,13 +122,13 @@ class Walk:
         if not missing:
             self._note(f"what has arrived at byte {item.offset} cannot be read")
             return
-        self._wanted.update(missing)
-        self._waiting.setdefault(missing[0], _Work()).push(item)
+        if self._want(missing):
+            self._waiting.setdefault(missing[0], _Work()).push(item)
 
     def wanted(self) -> list[ByteRange]:
         """What is wanted that was not so at the last call: ranges of whole granules, in order and apart."""
         runs: list[ByteRange] = []
-        for granule in sorted(self._wanted - self._asked):
+        for granule in sorted(self._wanted):
             start = granule * self._granule
             end = min(start + self._granule, self._size)
             if runs and runs[-1][1] == start:
@@ -202,7 +205,17 @@ class Walk:
     def _touch(self, offset: int, length: int) -> None:
         """Want what need not be looked at."""
         if 0 <= offset < self._size:
-            self._wanted.update(self._missing(offset, length))
+            self._want(self._missing(offset, length))
+
+    def _want(self, granules: list[int]) -> bool:
+        """False if they are beyond the limit."""
+        for granule in granules:
+            if granule not in self._asked and granule not in self._wanted:
+                if len(self._asked) + len(self._wanted) >= self._limits.granules:
+                    self._note(f"it is spread over more than {self._limits.granules} places")
+                    return False
+                self._wanted.add(granule)
+        return True
 
     def _missing(self, offset: int, length: int) -> list[int]:
         """The granules of a range that have not arrived."""

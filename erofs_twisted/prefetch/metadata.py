@@ -15,23 +15,23 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from erofs_twisted.blocks.chunks import CHUNK_SIZE
+from erofs_twisted.blocks.link import KIB, MIB
 from erofs_twisted.blocks.source import BlobSource
 from erofs_twisted.erofs.inode import SLOT
 from erofs_twisted.erofs.superblock import Superblock
 from erofs_twisted.erofs.walk import ByteRange, Walk
 from erofs_twisted.errors import ReadError
 
-KIB = 1024
-MIB = 1024 * KIB
-
 
 @attrs.frozen
 class MetadataPolicy:
     """How much is asked for beyond what is known to be needed, and when to stop."""
 
+    granule: int = CHUNK_SIZE
+    """Ranges are whole ones of these: a power of two, no less than a block."""
     gap: int = 64 * KIB
-    """Ranges that are this near to each other are asked for as one: what is between them is likely to be of
-    use next, and costs no more than a round trip would."""
+    """Ranges that are this near to each other are asked for as one: what is between them costs no more than
+    another request would, and may be of use next."""
     most: int = 128 * MIB
     """Fetched in all."""
     inode_estimate: int = 128
@@ -49,10 +49,12 @@ async def prefetch_metadata(
 ) -> int:
     """Bring the inodes, the directories and the shared extended attributes of an image into the cache.
 
-    Returns how many bytes it asked for, in whole chunks, whether they were there before or not. Metadata that
-    is damaged, or too much, or cannot be fetched, ends it early, and is logged. It can be cancelled at any
-    time.
+    Returns how many bytes it asked for, in whole granules, whether they were there before or not; 0 where all
+    of the image is there. Metadata that is damaged, or too much, or cannot be fetched, ends it early, and is
+    logged. It can be cancelled at any time.
     """
+    if not source.bytes_missing:
+        return 0
     return await MetadataPrefetch(source, superblock, clock, policy or MetadataPolicy()).run()
 
 
@@ -79,9 +81,9 @@ class MetadataPrefetch:
         self._superblock = superblock
         self._clock = clock
         self._policy = policy
-        self._walk = Walk(superblock, source.size, CHUNK_SIZE)
+        self._walk = Walk(superblock, source.size, policy.granule)
         self._covered: set[int] = set()
-        """Chunks that were asked for."""
+        """Granules that were asked for."""
         self._coming: dict[Deferred[None], ByteRange] = {}
         self._news: Deferred[None] | None = None
         """Fires when something has arrived."""
@@ -156,15 +158,16 @@ class MetadataPrefetch:
         return merged
 
     def _fetch(self, wanted: ByteRange) -> None:
-        """Ask for a range, in whole chunks, as far as the limit allows."""
-        first, end = wanted[0] // CHUNK_SIZE, -(-wanted[1] // CHUNK_SIZE)
-        room = self._policy.most // CHUNK_SIZE - len(self._covered)
+        """Ask for a range, in whole granules, as far as the limit allows."""
+        granule = self._policy.granule
+        first, end = wanted[0] // granule, -(-wanted[1] // granule)
+        room = self._policy.most // granule - len(self._covered)
         if end - first > room:
             self._is_cut, end = True, first + room
         if end <= first:
             return
         self._covered.update(range(first, end))
-        start, stop = first * CHUNK_SIZE, min(end * CHUNK_SIZE, self._source.size)
+        start, stop = first * granule, min(end * granule, self._source.size)
         coming = self._source.prefetch(start, stop - start)
         self._coming[coming] = (start, stop)
         _ = coming.addBoth(self._ended, coming)
@@ -179,9 +182,9 @@ class MetadataPrefetch:
             self._news.callback(None)
 
     def _covered_bytes(self) -> int:
-        chunks = len(self._covered)
-        has_last = (self._source.size - 1) // CHUNK_SIZE in self._covered
-        return chunks * CHUNK_SIZE - (-self._source.size % CHUNK_SIZE if has_last else 0)
+        granule = self._policy.granule
+        has_last = (self._source.size - 1) // granule in self._covered
+        return len(self._covered) * granule - (-self._source.size % granule if has_last else 0)
 
     def _tell_trouble(self) -> None:
         trouble = list(self._walk.trouble)

@@ -183,6 +183,16 @@ class DamagedTests(SynchronousTestCase):
         image.put(16 * BLOCK, inode(DIR | 0o755, 0, size=20 * BLOCK, start_block=20))
         self.assertIn("more than 40000 bytes", self.trouble(image, directory_bytes=40000))
 
+    def test_it_wants_no_more_than_so_many_granules(self) -> None:
+        image = HandMade(64)
+        image.dir(ROOT, {f"f{block}": (at(block), FILE) for block in (16, 20, 24)})
+        for block in (16, 20, 24):
+            image.put(block * BLOCK, inode(layout=3, size=9000 * BLOCK))
+        walk = walk_of(image, granules=3)
+        rounds = go(walk, image)
+        self.assertEqual([1, 2], [len(granules) for granules in rounds])
+        self.assertEqual(["it is spread over more than 3 places"], walk.trouble)
+
     def test_it_follows_no_more_than_so_many_shared_attributes(self) -> None:
         image = HandMade(64, xattr_block=40)
         image.dir(ROOT, {"one": (ROOT + 40, FILE)})

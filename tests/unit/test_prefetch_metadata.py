@@ -42,12 +42,12 @@ class PrefetchTests(SynchronousTestCase):
     def begin(self, image: HandMade, **policy: int | float) -> Deferred[int]:
         self.clock = ThreadlessReactor()
         self.origin = ScriptedOrigin(bytes(image.data))
-        cached = open_cached(self.mktemp(), self.origin.data, reactor=self.clock)
+        cached = open_cached(self.mktemp(), self.origin.data, chunk_size=CHUNK, reactor=self.clock)
         self.source = BlobSource(self.origin, cached, self.clock)
         return self.go_on(image, **policy)
 
     def go_on(self, image: HandMade, **policy: int | float) -> Deferred[int]:
-        chosen = MetadataPolicy(**{"gap": 0, "first_least": BLOCK, **policy})  # type: ignore[arg-type]
+        chosen = MetadataPolicy(**{"gap": 0, "granule": CHUNK, "first_least": BLOCK, **policy})  # type: ignore[arg-type]
         work = prefetch_metadata(self.source, image.superblock, self.clock, chosen)
         return Deferred.fromCoroutine(work)
 
@@ -89,6 +89,12 @@ class PrefetchTests(SynchronousTestCase):
         self.successResultOf(done)
         self.successResultOf(self.go_on(spread()))
         self.assertEqual(6, len(self.origin.asked))
+
+    def test_an_image_that_is_all_there_is_not_walked_through(self) -> None:
+        self.begin(spread())
+        self.source.prefetch(0, self.source.size)
+        self.rounds()
+        self.assertEqual(0, self.successResultOf(self.go_on(spread())))
 
     def test_ranges_that_are_near_to_each_other_are_one_request(self) -> None:
         image = HandMade(64 * BLOCKS)
@@ -175,7 +181,9 @@ class SliceTests(SynchronousTestCase):
         source = BlobSource(origin, open_cached(self.mktemp(), origin.data, reactor=clock), clock)
         self.addCleanup(source.close)
         done = Deferred.fromCoroutine(
-            prefetch_metadata(source, image.superblock, clock, MetadataPolicy(slice_seconds=0.01))
+            prefetch_metadata(
+                source, image.superblock, clock, MetadataPolicy(granule=CHUNK, slice_seconds=0.01)
+            )
         )
         for transfer in origin.live:
             transfer.finish()
@@ -194,7 +202,7 @@ class SliceTests(SynchronousTestCase):
         source = BlobSource(origin, open_cached(self.mktemp(), origin.data, reactor=clock), clock)
         self.addCleanup(source.close)
         done = Deferred.fromCoroutine(
-            prefetch_metadata(source, image.superblock, clock, MetadataPolicy(slice_seconds=0))
+            prefetch_metadata(source, image.superblock, clock, MetadataPolicy(granule=CHUNK, slice_seconds=0))
         )
         for transfer in origin.live:
             transfer.finish()
