@@ -20,7 +20,7 @@ MEDIA_TYPE = "application/vnd.erofs-twisted.trace.v1+json"
 """Of a trace as a blob, and as an OCI artifact."""
 VERSION = 1
 MAX_RANGES = 32768
-"""At 64 KiB each, the shortest that are recorded, they are 2 GiB."""
+"""Far more than anything reads while it starts; a reader of everything reads long ranges."""
 MAX_ENCODED = 2 * 1024 * 1024
 """Bytes of JSON: what `MAX_RANGES` may come to."""
 MAX_SIZE = 2**63 - 1
@@ -109,10 +109,9 @@ class Trace:
 
 
 class Recorder:
-    """Takes reads, and keeps the order of the first ones, in whole chunks.
+    """Takes reads, and keeps the order of the first ones, in whole chunks of the cache.
 
-    Chunks of the cache are what is fetched. Shorter ones would make a trace of more ranges, more of which
-    would share a chunk, and save no byte.
+    These are what is fetched: shorter ones would save no byte, longer ones would fetch what nobody read.
     """
 
     def __init__(self, digest: str, size: int, chunk_size: int = CHUNK_SIZE) -> None:

@@ -212,6 +212,10 @@ class HelpTests(SynchronousTestCase):
             "socket",
             "timeout",
             "lazy",
+            "all",
+            "size",
+            "older-than",
+            "dry-run",
         }
         for _, command in every_command(commands):
             for parameter in command.params:
