@@ -58,6 +58,8 @@ class Synced:
 
     there: ChunkMap
     lost: list[tuple[int, int]]
+    marked: bool
+    """Were chunks marked as present, so that these marks are to be synced in their turn?"""
 
 
 @attrs.define
@@ -177,16 +179,17 @@ class BlobFile:
         except OSError as error:
             self._forget_fresh_after(error)
             raise
-        after = self._all_marks()
+        after, marked = self._all_marks(), False
         for first, end in runs_of(FRESH, before):
             for start, stop in runs_of(FRESH, after[first:end]):
                 self._put_marks(first + start, _PRESENT * (stop - start))
+                marked = True
         there = ChunkMap.from_marks(after)
         lost: list[tuple[int, int]] = []
         if not there.complete:
             for first, end in known.runs_present(0, len(known)):
                 lost += there.runs_missing(first, end)
-        return Synced(there, lost)
+        return Synced(there, lost, marked)
 
     def present(self) -> ChunkMap:
         """The chunks that are safe on disk. Raises `DamagedFile`, or OSError."""

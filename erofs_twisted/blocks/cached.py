@@ -50,7 +50,7 @@ class CachedBlob:
         self._file = file
         self._path = path
         self._unsafe = False
-        """May there be fresh chunks in the file?"""
+        """May there be chunks or marks in the file that are not on disk?"""
         self._flushing = DeferredLock()
         self._verifying: list[Deferred[None]] | None = None
         self._writes_fail = False
@@ -192,6 +192,7 @@ class CachedBlob:
     def _take_over(self, synced: Synced) -> None:
         if self._closing or self._lost or self.error:
             return
+        self._unsafe = self._unsafe or synced.marked
         self.chunks.merge(synced.there)
         for first, end in synced.lost:
             self.chunks.unset(first, end)

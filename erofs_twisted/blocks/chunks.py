@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import attrs
 
-CHUNK_SIZE = 64 * 1024
+CHUNK_SIZE = 4 * 1024
 
 ABSENT = 0x00
 """A chunk's mark, one byte: it is not there."""

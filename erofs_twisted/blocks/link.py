@@ -65,12 +65,12 @@ class Link:
         bandwidth = self.bandwidth or 0.0
         return max(MIB, min(4 * MIB, _power_of_two(int(bandwidth * SHORT_REQUEST))))
 
-    def worthwhile(self, default: int, least: int = 64 * KIB, most: int = MIB) -> int:
-        """How much to ask for where little is needed: a round trip's bytes, as a power of two."""
+    def share(self, parts: int, default: int, least: int, most: int) -> int:
+        """What comes in a part of a round trip, as a power of two; ``default`` while that is not known."""
         product = self.product
         if product is None:
             return default
-        return max(least, min(most, _power_of_two(product)))
+        return max(least, min(most, _power_of_two(product // parts)))
 
     def seconds(self, length: int, sharers: int = 1) -> float | None:
         """How long ``length`` bytes take, where so many transfers share the link."""

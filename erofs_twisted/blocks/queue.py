@@ -10,9 +10,9 @@ from twisted.logger import Logger
 from erofs_twisted.blocks.fetch import Fetch, FetchOwner, Priority
 from erofs_twisted.blocks.link import Link
 
-LIMIT = 16
+LIMIT = 32
 """Fetches at a time, for whatever purpose."""
-RESERVED = 2
+RESERVED = 4
 """Places of those which guesses leave to readers."""
 BACKGROUND_LIMIT = 2
 """Background fetches at a time: while the one's request is on its way, the other's bytes come."""

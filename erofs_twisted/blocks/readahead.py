@@ -33,7 +33,7 @@ class ReadaheadPolicy(Protocol):
 class Windows:
     """Sizes in bytes; powers of two."""
 
-    neighbourhood: int = 256 * KIB
+    neighbourhood: int = 128 * KIB
     """A read that belongs to no stream fetches the aligned blocks of this size that it touches, until the
     link is known."""
     initial: int = 256 * KIB
@@ -96,7 +96,8 @@ class Readahead:
         return None
 
     def _neighbourhood(self, offset: int, end: int) -> list[ByteRange]:
-        block = self.link.worthwhile(self.windows.neighbourhood)
+        # Its bytes are to cost little beside the round trip that they save, if they do.
+        block = self.link.share(4, self.windows.neighbourhood, least=32 * KIB, most=MIB)
         return self._cut(offset // block * block, -(-end // block) * block)
 
     def _extend(self, stream: Stream, start: int, window: int) -> list[ByteRange]:

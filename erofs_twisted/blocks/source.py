@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -106,6 +107,11 @@ class BlobSource:
         if length <= 0:
             return succeed(None)
         first, end = self._chunking.span(offset, length)
+        cuts = list(itertools.islice(self._requests.cuts(first, end), 2))
+        if len(cuts) == 1:
+            if self._chunks.present(first, end):
+                return succeed(None)
+            return self._wait(offset, length, priority, ()).addCallback(lambda _: None)
         return Deferred.fromCoroutine(self._prefetch(self._requests.cuts(first, end), priority, PREFETCHES))
 
     def prefetch_ranges(self, ranges: Iterable[ByteRange]) -> Deferred[None]:

@@ -101,7 +101,7 @@ class Fill:
 
     def _request_size(self) -> int:
         """What comes in about a round trip: a reader that comes meanwhile shares the link for no longer."""
-        return self.link.worthwhile(256 * KIB)
+        return self.link.share(1, default=256 * KIB, least=64 * KIB, most=MIB)
 
     async def _pace(self, length: int) -> None:
         if self.rate is None:

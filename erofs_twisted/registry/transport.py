@@ -36,7 +36,7 @@ PIECE = 256 * 1024
 """Bytes that are taken from a connection at a time: each piece goes through a dozen calls, whatever its size.
 """
 CONNECT_TIMEOUT = 10.0
-IDLE_CONNECTIONS = 16
+IDLE_CONNECTIONS = 32
 """Kept for each host: as many as there may be ranges in flight, or each range pays for a new connection."""
 IDLE_SECONDS = 60
 """Shorter than the keep-alive of common servers (nginx: 75 s), so that they seldom close under a request."""

@@ -18,6 +18,11 @@ def known(round_trip: float, bandwidth: float) -> Link:
     return link
 
 
+def share(link: Link) -> int:
+    """What comes in a quarter of a round trip."""
+    return link.share(4, default=128 * KIB, least=32 * KIB, most=MIB)
+
+
 class MeasureTests(SynchronousTestCase):
     def test_nothing_is_known_at_first(self) -> None:
         link = Link()
@@ -25,7 +30,7 @@ class MeasureTests(SynchronousTestCase):
             (None, None, None, None), (link.round_trip, link.bandwidth, link.product, link.seconds(1))
         )
         self.assertEqual(UNKNOWN_WINDOW, link.window)
-        self.assertEqual(256 * KIB, link.worthwhile(256 * KIB))
+        self.assertEqual(128 * KIB, share(link))
 
     def test_the_round_trip_is_the_shortest_of_late(self) -> None:
         link = Link()
@@ -83,13 +88,13 @@ class MeasureTests(SynchronousTestCase):
 class SizeTests(SynchronousTestCase):
     def test_a_far_slow_registry_gets_larger_requests_than_a_near_one(self) -> None:
         near, far = known(0.002, 12.5e6), known(0.05, 12.5e6)
-        self.assertEqual(64 * KIB, near.worthwhile(256 * KIB))
-        self.assertEqual(512 * KIB, far.worthwhile(256 * KIB))
+        self.assertEqual(32 * KIB, share(near))
+        self.assertEqual(128 * KIB, share(far))
 
     @given(st.floats(1e-5, 10), st.floats(1000, 1e10))
     def test_a_request_is_a_power_of_two_within_bounds(self, round_trip: float, bandwidth: float) -> None:
-        size = known(round_trip, bandwidth).worthwhile(256 * KIB)
-        self.assertTrue(64 * KIB <= size <= MIB)
+        size = share(known(round_trip, bandwidth))
+        self.assertTrue(32 * KIB <= size <= MIB)
         self.assertEqual(0, size & size - 1)
 
     def test_the_window_is_a_few_round_trips_and_never_too_little_to_notice_more(self) -> None:

@@ -18,7 +18,7 @@ from erofs_twisted.interfaces import FileSpan, Segment
 from tests.unit.blobs import ScriptedOrigin, ThreadlessReactor, blob, open_cached
 
 CHUNK = 1024
-CHUNKS = 40
+CHUNKS = 80
 DATA = blob(CHUNKS * CHUNK + 100)
 
 
@@ -247,7 +247,7 @@ class CancelTests(SourceCase):
 
     def test_the_place_of_a_cancelled_fetch_is_free_again(self) -> None:
         readers = [self.waits(chunk * CHUNK, 1) for chunk in range(0, 2 * LIMIT, 2)]
-        last = self.waits(35 * CHUNK, 1)
+        last = self.waits(75 * CHUNK, 1)
         self.assertEqual(LIMIT, len(self.origin.transfers))
         readers[0].cancel()
         self.failureResultOf(readers[0], CancelledError)
@@ -255,7 +255,7 @@ class CancelTests(SourceCase):
         self.origin.live[0].finish()
         self.assertEqual(LIMIT + 1, len(self.origin.transfers))
         self.origin.live[-1].finish()
-        self.assert_answered(35 * CHUNK, 1, last)
+        self.assert_answered(75 * CHUNK, 1, last)
 
     def test_a_reader_that_cancels_another_when_it_is_answered_does_no_harm(self) -> None:
         first = self.waits(0, 10)
@@ -303,19 +303,19 @@ class ReadaheadTests(SourceCase):
         self.assertFalse(self.origin.transfers[1].cancelled)
 
     def test_readahead_leaves_places_for_readers(self) -> None:
-        self.readahead.advice = [(chunk * CHUNK, (chunk + 1) * CHUNK) for chunk in range(2, 40, 2)]
+        self.readahead.advice = [(chunk * CHUNK, (chunk + 1) * CHUNK) for chunk in range(2, 80, 2)]
         self.waits(0, 10)
         self.assertEqual(LIMIT - RESERVED, len(self.origin.transfers))
-        self.waits(40 * CHUNK, 10)
-        self.assertEqual((40 * CHUNK, 100), self.origin.asked[LIMIT - RESERVED])
+        self.waits(80 * CHUNK, 10)
+        self.assertEqual((80 * CHUNK, 100), self.origin.asked[LIMIT - RESERVED])
 
     def test_a_reader_pulls_readahead_that_has_not_begun_to_the_front(self) -> None:
-        self.readahead.advice = [(chunk * CHUNK, (chunk + 1) * CHUNK) for chunk in range(2, 40, 2)]
+        self.readahead.advice = [(chunk * CHUNK, (chunk + 1) * CHUNK) for chunk in range(2, 80, 2)]
         self.waits(0, 10)
-        waiting = self.waits(38 * CHUNK, 10)
-        self.assertEqual((38 * CHUNK, CHUNK), self.origin.asked[LIMIT - RESERVED])
+        waiting = self.waits(78 * CHUNK, 10)
+        self.assertEqual((78 * CHUNK, CHUNK), self.origin.asked[LIMIT - RESERVED])
         self.origin.transfers[-1].finish()
-        self.assert_answered(38 * CHUNK, 10, waiting)
+        self.assert_answered(78 * CHUNK, 10, waiting)
 
 
 class PrefetchTests(SourceCase):
