@@ -161,10 +161,19 @@ class KeepTests(CacheCase):
         self.reactor.advance(FLUSH_SECONDS)
         self.assertEqual(bytes((PRESENT, FRESH, 0, 0, 0, 0)), self.marks())
 
-    def test_an_idle_blob_is_not_synced(self) -> None:
+    def test_marks_are_synced_in_their_turn_and_after_that_an_idle_blob_is_not(self) -> None:
         cached = self.open()
         self.store(cached, 0)
         self.reactor.advance(FLUSH_SECONDS)
+        synced = list[int]()
+
+        class Counted(BrokenSystem):
+            def fdatasync(self, fd: int) -> None:
+                synced.append(fd)
+
+        self.patch(blobfile, "os", Counted())
+        self.reactor.advance(FLUSH_SECONDS)
+        self.assertEqual([cached.fd], synced)
         self.patch(blobfile, "os", BrokenSystem("fdatasync"))
         self.reactor.advance(FLUSH_SECONDS)
         self.assertEqual([], self.logged(LogLevel.error))
