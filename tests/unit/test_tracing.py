@@ -16,8 +16,7 @@ from zope.interface import implementer
 from zope.interface.verify import verifyObject
 
 from erofs_twisted.blocks import tracefile
-from erofs_twisted.blocks.chunks import CHUNK_SIZE
-from erofs_twisted.blocks.trace import MAX_ENCODED, MEDIA_TYPE, Recorder, Trace
+from erofs_twisted.blocks.trace import GRAIN, MAX_ENCODED, MEDIA_TYPE, Recorder, Trace
 from erofs_twisted.blocks.tracefile import TraceFiles
 from erofs_twisted.interfaces import IExport, IImageStore, Segment
 from erofs_twisted.registry.digest import Digest
@@ -89,17 +88,17 @@ class TracingExportTests(SynchronousTestCase):
         self.assertEqual([("read", 5, 10), ("extents", 3, 7), ("prefetch", 1, 2)], self.below.asked)
 
     def test_reads_are_recorded_and_nothing_else(self) -> None:
-        self.export.prefetch(0, CHUNK_SIZE)
-        self.export.extents(0, CHUNK_SIZE)
-        self.export.read(CHUNK_SIZE, 1)
+        self.export.prefetch(0, GRAIN)
+        self.export.extents(0, GRAIN)
+        self.export.read(GRAIN, 1)
         self.export.read(0, 1)
-        self.assertEqual(((CHUNK_SIZE, 2 * CHUNK_SIZE), (0, CHUNK_SIZE)), self.ranges())
+        self.assertEqual(((GRAIN, 2 * GRAIN), (0, GRAIN)), self.ranges())
 
     def test_the_zeros_behind_the_blob_are_no_part_of_it(self) -> None:
         self.export.read(1_000_448, 3072)
         self.assertEqual((), self.ranges())
         self.export.read(999_424, 4096)
-        self.assertEqual(((999_424 - 999_424 % CHUNK_SIZE, SIZE),), self.ranges())
+        self.assertEqual(((999_424 - 999_424 % GRAIN, SIZE),), self.ranges())
 
 
 class FileTests(SynchronousTestCase):
