@@ -153,8 +153,8 @@ class FilePages:
         except OSError as error:
             self.has = _cannot_tell
             self._log.info(
-                "file descriptor {fd} cannot be mapped ({error}): what is served from it is all read by "
-                "threads",
+                "it cannot be told what of file descriptor {fd} is in memory ({error}): threads read what is "
+                "served from it",
                 fd=fd,
                 error=error,
             )

@@ -20,15 +20,16 @@ _libc.mmap.argtypes = (
     ctypes.c_longlong,
 )
 _libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
-_libc.mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
+_mincore = _libc.mincore
+_mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
 
 
 class Residency:
     """The pages of the open file ``fd``, by mincore(2) over a mapping that nobody reads through.
 
     The mapping holds the file itself, whatever becomes of ``fd``, until `close`. Raises OSError where the
-    file cannot be mapped. Not for files of other users, unless we may write to them: of those the kernel says
-    that all is in memory.
+    file cannot be mapped, or the system call is not allowed. Not for files of other users, unless we may
+    write to them: of those the kernel says that all is in memory.
 
     cachestat(2) takes a third of the time, but counts pages that are still being read too.
     """
@@ -50,7 +51,7 @@ class Residency:
         count = (end - start + PAGE - 1) // PAGE
         if count > len(self._pages):
             self._make_room(count)
-        if _libc.mincore(self._address + start, end - start, self._vector):
+        if _mincore(self._address + start, end - start, self._vector):
             return False
         return self._pages.find(0, 0, count) < 0
 
@@ -66,9 +67,13 @@ class Residency:
             return  # there is nothing to map, and nothing to read either
         address = _libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, self._fd, 0)
         if address in (None, MAP_FAILED):
-            number = ctypes.get_errno()
-            raise OSError(number, os.strerror(number))
+            raise _last_error()
         self._address, self._size = address, size
+        self._make_room(1)
+        if _mincore(address, 1, self._vector):
+            error = _last_error()
+            self.close()
+            raise error
 
     def _grown_to(self, end: int) -> bool:
         if not self._address or os.fstat(self._fd).st_size < end:
@@ -80,3 +85,8 @@ class Residency:
     def _make_room(self, count: int) -> None:
         self._pages = bytearray(count)
         self._vector = ctypes.addressof(ctypes.c_char.from_buffer(self._pages))
+
+
+def _last_error() -> OSError:
+    number = ctypes.get_errno()
+    return OSError(number, os.strerror(number))

@@ -37,3 +37,20 @@ def test_systemd_would_say_what_is_wrong(tmp_path: Path) -> None:
     said = analyze("verify", "--man=no", instance(tmp_path, broken))
     assert "erofs-nbd@app.service" in said
     assert "mixt" in said
+
+
+def system_calls(name: str) -> set[str]:
+    """What a name in SystemCallFilter= stands for: itself, or a set that may hold others."""
+    if not name.startswith("@"):
+        return {name}
+    members = [
+        line.split()[0] for line in analyze("syscall-filter", name).splitlines() if line.startswith(" ")
+    ]
+    return {call for member in members if member != "#" for call in system_calls(member)}
+
+
+def test_the_system_calls_that_serve_and_mount_are_allowed() -> None:
+    (allowed,) = [line for line in UNIT.read_text().splitlines() if line.startswith("SystemCallFilter=")]
+    calls = {call for name in allowed.partition("=")[2].split() for call in system_calls(name)}
+    needed = {"mount", "umount2", "sendfile", "preadv2", "mincore", "mmap", "munmap", "fdatasync"}
+    assert needed - calls == set()

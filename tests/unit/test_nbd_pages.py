@@ -6,6 +6,7 @@ import errno
 import os
 import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from twisted.internet.defer import CancelledError, Deferred
@@ -14,6 +15,7 @@ from twisted.trial.unittest import SynchronousTestCase, TestCase
 from erofs_twisted.errors import ReadError
 from erofs_twisted.interfaces import FileSpan
 from erofs_twisted.nbd import pages as module
+from erofs_twisted.nbd import residency
 from erofs_twisted.nbd.pages import THREADS_PER_DISK, DiskReaders, FilePages, Files
 from erofs_twisted.nbd.residency import PAGE, Residency
 from tests.unit.threadless import HeldPool, ThreadlessReactor
@@ -41,6 +43,7 @@ def descriptors() -> int:
 class ResidencyTests(SynchronousTestCase):
     def setUp(self) -> None:
         self.fd = half_in_memory(self)
+        self.inode = os.fstat(self.fd).st_ino
         self.residency = Residency(self.fd)
         self.addCleanup(self.residency.close)
 
@@ -78,13 +81,19 @@ class ResidencyTests(SynchronousTestCase):
         self.patch(os, "fstat", lambda fd: os.stat_result([0] * 6 + [1] + [0] * 3))
         self.assertRaises(OSError, Residency, read_end)
 
+    def test_a_system_call_that_is_not_allowed_is_noticed_at_once(self) -> None:
+        before = Path("/proc/self/maps").read_text().count(f" {self.inode} ")
+        self.patch(residency, "_mincore", lambda *_: -1)
+        self.assertRaises(OSError, Residency, self.fd)
+        self.assertEqual(before, Path("/proc/self/maps").read_text().count(f" {self.inode} "))
+
     def test_it_holds_the_file_until_it_is_closed_whatever_becomes_of_the_descriptor(self) -> None:
         other = os.dup(self.fd)
-        residency = Residency(other)
+        held = Residency(other)
         os.close(other)
-        self.assertTrue(residency.covers(0, len(CONTENT)))
-        residency.close()
-        residency.close()
+        self.assertTrue(held.covers(0, len(CONTENT)))
+        held.close()
+        held.close()
 
 
 class Threads(SynchronousTestCase):
