@@ -27,7 +27,7 @@ GRAIN = max(16 * 1024, CHUNK_SIZE)
 """Bytes that are recorded as one; less than the cache's chunk would save no byte.
 
 The start of Python was 182 ranges of 5.9 MB by 4 KiB, 149 of 6.7 MB by 16 KiB, 95 of 9.2 MB by 64 KiB. With
-16 KiB there are few requests and few bytes, and a block that the kernel reads ahead at another moment is there.
+16 KiB there are few requests and few bytes, and what the kernel reads ahead at another moment is there too.
 """
 MAX_SIZE = 2**63 - 1
 
