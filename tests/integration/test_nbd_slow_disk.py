@@ -8,18 +8,20 @@ import tempfile
 
 from twisted.internet import reactor
 from twisted.internet.defer import Deferred, gatherResults
+from twisted.internet.task import deferLater
 from twisted.internet.threads import deferToThread
 from twisted.trial.unittest import TestCase
 
 from erofs_twisted.nbd.errors import WireError
 from erofs_twisted.nbd.server import NBDServer
+from erofs_twisted.nbd.transport import LATE
 from tests.exports import FileExport
 from tests.nbd_client import Reply, read, simple_replies
-from tests.slow_disk import SlowDisk
+from tests.slow_disk import SlowDisk, drop
 
-CONTENT = os.urandom(4 << 20)
+CONTENT = os.urandom(3 << 20)
 SHORT, LONG = 4096, 128 << 10
-DELAY = 0.5
+DELAY = 0.2
 
 
 class SlowDiskTests(TestCase):
@@ -91,6 +93,22 @@ class SlowDiskTests(TestCase):
             began = reactor.seconds()
             self.assertTrue(await self.content("read", client, 0, LONG) == CONTENT[:LONG])
         self.assertLess(reactor.seconds() - began, DELAY)
+
+    async def test_what_leaves_memory_while_a_client_takes_no_replies_delays_no_other(self) -> None:
+        stalled, quick = self.connect(self.slow), self.connect(self.cached)
+        stalled.sendall(read(0, len(CONTENT), cookie=1))
+        while not any(each.transport.producerPaused for each in self.server._connections):
+            await deferLater(reactor, 0.01)
+        drop(self.disk.path)
+        await deferLater(reactor, 2 * LATE)
+        late = deferToThread(_receive, stalled, 16 + len(CONTENT))
+        while not any(each.transport._bringing for each in self.server._connections):
+            self.assertNoResult(late)
+            await deferLater(reactor, 0.001)
+        for length in (SHORT, LONG):
+            self.assertTrue(await self.content("quick", quick, 0, length) == CONTENT[:length])
+        self.assertNoResult(late)
+        self.assertTrue((await late)[16:] == CONTENT)
 
     async def test_the_end_does_not_wait_for_it(self) -> None:
         client = self.connect(self.slow)
