@@ -31,6 +31,13 @@ _NO_LINK_COUNT = 0x10
 _KNOWN_FORMAT = 0x1F
 _CHUNK_BITS, _CHUNK_INDEXES, _KNOWN_CHUNK_FORMAT = 0x1F, 0x20, 0x7F
 _XATTR_HEADER = 12
+_BEGINNING = struct.Struct("<HHH")
+_FLAT_FORMATS = frozenset(
+    extended | layout << _LAYOUT_SHIFT | flag
+    for extended in (0, _EXTENDED_BIT)
+    for layout in (0, 2)
+    for flag in (0, _NO_LINK_COUNT)
+)
 _XATTR_ENTRY = struct.Struct("<BBH")
 _MAP_HEADERS = 8 + 8
 """The header of a compressed file's map, and what pads it, or its first indexes, to be aligned."""
@@ -151,6 +158,15 @@ class Inode:
             return self.body
         index = 8 if self.layout is DataLayout.COMPRESSED_FULL else 4
         return _aligned(place + self.body, 8) - place + _MAP_HEADERS + index * -(-self.size // block_size)
+
+
+def is_plain_file(data: bytes | memoryview) -> bool:
+    """Is an inode that of a regular file that has neither attributes nor a map? Most are, and nothing else of
+    them has to be read. It takes a fraction of the time of `Inode.parse`, and checks no more than that."""
+    if len(data) < COMPACT_SIZE:
+        return False
+    form, xattrs, mode = _BEGINNING.unpack_from(data)
+    return not xattrs and form in _FLAT_FORMATS and stat.S_IFMT(mode) == stat.S_IFREG
 
 
 def shared_xattrs(body: bytes | memoryview) -> list[int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import stat
 from array import array
+from typing import NamedTuple
 
 import attrs
 
@@ -20,6 +21,7 @@ from erofs_twisted.erofs.inode import (
     SLOT,
     Inode,
     MetadataError,
+    is_plain_file,
     shared_xattrs,
     xattr_entry_size,
 )
@@ -148,6 +150,9 @@ class Walk:
                 self._ready.extend(waiting)
 
     def _see_inode(self, place: int, data: bytes) -> None:
+        if is_plain_file(data):
+            self.inodes += 1
+            return
         inode = Inode.parse(data)
         self.inodes += 1
         if inode.xattr_size:
@@ -238,8 +243,7 @@ _TROUBLES = 5
 _INODE, _DIRECTORY, _XATTRS, _SHARED = range(4)
 
 
-@attrs.frozen(slots=True)
-class _Item:
+class _Item(NamedTuple):
     """Something to look at."""
 
     kind: int

@@ -7,6 +7,8 @@ directories, and all that is known and missing is asked for at once.
 
 from __future__ import annotations
 
+from collections import deque
+
 import attrs
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.interfaces import IReactorTime
@@ -32,6 +34,11 @@ class MetadataPolicy:
     gap: int = 64 * KIB
     """Ranges that are this near to each other are asked for as one: what is between them costs no more than
     another request would, and may be of use next."""
+    request: int = 1 * MIB
+    """Ranges are cut to pieces of at most this size: what is in one can be looked at when it has come."""
+    lanes: int = 16
+    """Pieces asked for at a time, in order: so a program that goes through the image meanwhile, mostly in the
+    same order, meets what is there."""
     most: int = 128 * MIB
     """Fetched in all."""
     inode_estimate: int = 128
@@ -40,7 +47,7 @@ class MetadataPolicy:
     first_most: int = 4 * MIB
     """Bounds of the first guess, which also is no more than a tenth of the image unless that is less than the
     least."""
-    slice_seconds: float = 0.005
+    slice_seconds: float = 0.001
     """After so long the walk lets the reactor go on: it serves reads meanwhile."""
 
 
@@ -84,10 +91,12 @@ class MetadataPrefetch:
         self._walk = Walk(superblock, source.size, policy.granule)
         self._covered: set[int] = set()
         """Granules that were asked for."""
+        self._queue: deque[ByteRange] = deque()
         self._coming: dict[Deferred[None], ByteRange] = {}
         self._news: Deferred[None] | None = None
         """Fires when something has arrived."""
         self._arrived: list[ByteRange] = []
+        self._is_starting = False
         self._error: str | None = None
         """Why something did not come."""
         self._is_cut = False
@@ -103,6 +112,7 @@ class MetadataPrefetch:
                 for wanted in self._merged(self._walk.wanted()):
                     self._fetch(wanted)
         finally:
+            self._queue.clear()
             for coming in list(self._coming):
                 coming.cancel()
         covered = self._covered_bytes()
@@ -168,16 +178,30 @@ class MetadataPrefetch:
             return
         self._covered.update(range(first, end))
         start, stop = first * granule, min(end * granule, self._source.size)
-        coming = self._source.prefetch(start, stop - start)
-        self._coming[coming] = (start, stop)
-        _ = coming.addBoth(self._ended, coming)
+        step = self._policy.request
+        self._queue.extend((cut, min(cut + step, stop)) for cut in range(start, stop, step))
+        self._start()
+
+    def _start(self) -> None:
+        """Ask for the next pieces, as far as there are lanes."""
+        if self._is_starting:
+            return  # what was at hand has ended at once, within the loop below
+        self._is_starting = True
+        while self._queue and len(self._coming) < self._policy.lanes:
+            start, end = self._queue.popleft()
+            coming = self._source.prefetch(start, end - start)
+            self._coming[coming] = (start, end)
+            _ = coming.addBoth(self._ended, coming)
+        self._is_starting = False
 
     def _ended(self, result: Failure | None, coming: Deferred[None]) -> None:
         if isinstance(result, Failure) and not result.check(CancelledError):
             self._error = result.getErrorMessage()
             if not result.check(ReadError):
                 self._log.failure("fetching metadata ahead broke", result)
+            self._queue.clear()
         self._arrived.append(self._coming.pop(coming))
+        self._start()
         if self._news is not None:
             self._news.callback(None)
 

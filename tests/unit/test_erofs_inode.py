@@ -13,6 +13,7 @@ from erofs_twisted.erofs.inode import (
     DataLayout,
     Inode,
     MetadataError,
+    is_plain_file,
     shared_xattrs,
     xattr_entry_size,
 )
@@ -75,6 +76,13 @@ class InodeTests(SynchronousTestCase):
     def test_what_is_not_flat_has_no_runs(self) -> None:
         for layout in (1, 3, 4):
             self.assertRaises(MetadataError, Inode.parse(inode(layout=layout)).runs, PLACE, BLOCK)
+
+    def test_a_file_with_neither_attributes_nor_a_map_is_told_at_a_glance(self) -> None:
+        for layout in range(5):
+            for extended in (False, True):
+                self.assertEqual(layout in (0, 2), is_plain_file(inode(layout=layout, extended=extended)))
+        for data in (inode(DIRECTORY), inode(LINK, 2), inode(xattr_count=1), inode(flags=0x20), inode()[:31]):
+            self.assertFalse(is_plain_file(data))
 
     def test_what_no_inode_can_be_is_refused(self) -> None:
         for data in (
@@ -155,6 +163,15 @@ class AnyBytesTests(SynchronousTestCase):
                 self.assertGreater(length, 0)
         except MetadataError as error:
             self.assertTrue(str(error))
+
+    @given(st.binary(min_size=32, max_size=64), st.sampled_from((0, 1, 4, 5)))
+    def test_what_is_told_at_a_glance_is_what_all_of_the_inode_says(self, data: bytes, form: int) -> None:
+        data = struct.pack("<HH", form, 0) + data[4:]
+        try:
+            found = Inode.parse(data)
+        except MetadataError:
+            return
+        self.assertEqual(found.kind == stat.S_IFREG, is_plain_file(data))
 
     @given(st.binary(max_size=300))
     def test_bytes_are_entries_or_an_error(self, data: bytes) -> None:

@@ -126,6 +126,28 @@ class PrefetchTests(SynchronousTestCase):
         self.assertEqual([[0], [1]], self.rounds())
         self.assertEqual(20 * BLOCK, self.successResultOf(done))
 
+    def test_long_ranges_come_in_pieces_in_order_so_many_at_a_time(self) -> None:
+        image = HandMade(64 * BLOCKS, inodes=100_000)
+        image.dir(ROOT, {"last": (at(9), FILE)})
+        image.file(at(9))
+        self.begin(image, first_least=10 * CHUNK - ROOT * 32, request=2 * CHUNK, lanes=3)
+        self.assertEqual([(0, 2 * CHUNK), (2 * CHUNK, 2 * CHUNK), (4 * CHUNK, 2 * CHUNK)], self.origin.asked)
+        self.origin.live[0].finish()
+        self.assertEqual((6 * CHUNK, 2 * CHUNK), self.origin.asked[-1])
+        self.assertEqual([[2, 3, 4, 5, 6, 7], [8, 9]], self.rounds())
+
+    def test_any_number_of_pieces_may_be_at_hand(self) -> None:
+        image = HandMade(64 * BLOCKS, inodes=100_000)
+        image.dir(ROOT, {"near": (ROOT + 40, FILE)})
+        image.file(ROOT + 40)
+        self.begin(image)
+        self.source.prefetch(0, 63 * CHUNK)
+        self.rounds()
+        asked = len(self.origin.asked)
+        done = self.go_on(image, granule=BLOCK, request=BLOCK, first_least=60 * CHUNK)
+        self.assertEqual(60 * CHUNK, self.successResultOf(done))
+        self.assertEqual(asked, len(self.origin.asked))
+
     def test_damaged_metadata_ends_it_without_an_error(self) -> None:
         image = HandMade(64 * BLOCKS)
         image.put(ROOT * 32, b"\xff" * 64)
