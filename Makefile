@@ -1,6 +1,6 @@
 PYTHON = .venv/bin/python
 
-.PHONY: help setup demo test check unit integration kernel bench docs clean
+.PHONY: help setup demo test check unit integration kernel bench bench-quick docs clean
 
 help:
 	@echo "make demo         mount a real EROFS image from a registry on loopback, and check every file of it"
@@ -8,7 +8,7 @@ help:
 	@echo "make setup        Debian packages and .venv, as demo and test do it themselves"
 	@echo "make check        ruff, mypy"
 	@echo "make unit | integration | kernel    a part of the tests"
-	@echo "make bench        speed, side by side with other programs"
+	@echo "make bench        speed, side by side with other programs, in a table; bench-quick in two minutes"
 	@echo "make docs         the manual, in docs/_build/html"
 
 setup:
@@ -36,11 +36,11 @@ kernel: setup
 	tests/kernel/run
 
 bench: setup
-	$(PYTHON) -m benchmarks.nbd_throughput
-	$(PYTHON) -m benchmarks.cached_reads
 	$(PYTHON) -m benchmarks.slow_disk
-	$(PYTHON) -m benchmarks.memory
-	$(PYTHON) -m benchmarks.startup
+	$(PYTHON) -m benchmarks
+
+bench-quick: setup
+	$(PYTHON) -m benchmarks --quick
 
 docs: setup
 	.venv/bin/sphinx-build -q -W -b html docs docs/_build/html

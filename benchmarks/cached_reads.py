@@ -1,4 +1,4 @@
-"""What a read of cached bytes costs in Python: ``python -m benchmarks.cached_reads``.
+"""What a read of cached bytes costs in Python.
 
 Microseconds for a `BlobSource.read` of 4 KiB, without the reply; and how fast pieces of a transfer, as a
 socket brings them, go through it into the page cache.
@@ -9,8 +9,10 @@ from __future__ import annotations
 import random
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+from benchmarks.stage import Stage
+from benchmarks.table import Row
 from erofs_twisted.blocks.source import BlobSource
 from tests.unit.blobs import ScriptedOrigin, ThreadlessReactor, blob, open_cached
 
@@ -41,20 +43,22 @@ def fill(source: BlobSource, origin: ScriptedOrigin, length: int) -> float:
     return length / (time.perf_counter() - began) / 1e6
 
 
-def main() -> None:
+def measure(stage: Stage) -> Iterator[Row]:
+    """Reported only: they say how much of a cached read is spent before the reply."""
     data = blob(SIZE)
-    with tempfile.TemporaryDirectory() as directory:
+    with tempfile.TemporaryDirectory(dir=stage.directory) as directory:
         origin = ScriptedOrigin(data)
         source = BlobSource(origin, open_cached(directory, data), ThreadlessReactor())
         half = SIZE // 2
         sequential = [number * READ % (half - 8 * MIB) for number in range(READS)]
         anywhere = [random.randrange(half // READ) * READ for _ in range(READS)]
-        print(f"fill                            {fill(source, origin, half):7.0f} MB/s")
-        print(f"read, blob incomplete, in order {microseconds(source, sequential):7.2f} µs")
-        print(f"read, blob incomplete, random   {microseconds(source, anywhere):7.2f} µs")
+        rate = fill(source, origin, half)
+        ordered, scattered = microseconds(source, sequential), microseconds(source, anywhere)
         fill(source, origin, SIZE)
-        print(f"read, blob complete             {microseconds(source, sequential):7.2f} µs")
-
-
-if __name__ == "__main__":
-    main()
+        complete = microseconds(source, sequential)
+    yield Row("in process: pieces of a transfer into the cache", f"{rate:.0f} MB/s")
+    yield Row(
+        "in process: a cached read of 4 KiB, without the reply",
+        f"{complete:.1f} µs",
+        details=f"of an incomplete blob, in order {ordered:.1f} µs, at random {scattered:.1f} µs",
+    )

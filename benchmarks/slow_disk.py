@@ -25,7 +25,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from unittest import mock
 
-from benchmarks.nbd_throughput import machine
+from benchmarks.machine import machine
 from erofs_twisted.nbd.wire import GREETING, Option
 from tests import nbd_serve
 from tests.nbd_client import client_flags, option, read
