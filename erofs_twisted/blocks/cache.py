@@ -53,6 +53,8 @@ class CacheDirectory:
     _budget: int = attrs.field(init=False)
     _left: int = attrs.field(default=0, init=False)
     """Bytes that may be stored before the directory has been looked at again."""
+    _refused: int = attrs.field(default=0, init=False)
+    """The most that was refused since it was last looked at."""
     _full: bool = attrs.field(default=False, init=False)
     _looking: bool = attrs.field(default=False, init=False)
     _not_before: float = attrs.field(default=0.0, init=False)
@@ -79,6 +81,8 @@ class CacheDirectory:
 
     def take(self, length: int) -> bool:
         """May this many bytes be stored now? If so, they are counted."""
+        if self._left < length:
+            self._refused = max(self._refused, length)
         if self._left - length < self._budget // 2:
             self._look()
         if self._left < length:
@@ -123,14 +127,15 @@ class CacheDirectory:
     def _look(self, *, disk_is_full: bool = False) -> None:
         if self._looking or self.reactor.seconds() < self._not_before:
             return
-        _ = Deferred.fromCoroutine(self._looked(self._budget, disk_is_full)).addErrback(
+        wanted = max(self._budget, 2 * self._refused)
+        _ = Deferred.fromCoroutine(self._looked(wanted, disk_is_full)).addErrback(
             lambda failure: self._log.failure("the cache directory {path}", failure, path=self.path)
         )
 
     async def _looked(self, wanted: int, disk_is_full: bool = False) -> None:
         """Evict what has to be, and see how much may be stored."""
         self._looking = True
-        left = self._left
+        left, refused, self._refused = self._left, self._refused, 0
         try:
             room = await self.in_thread(self.files.make_room, wanted, disk_is_full=disk_is_full)
         except (OSError, CacheError) as error:
@@ -140,7 +145,7 @@ class CacheDirectory:
             self._looking = False
         taken_meanwhile = max(left - self._left, 0)
         self._left = room - taken_meanwhile
-        full = room < min(self.chunk_size, wanted)
+        full = room < min(max(refused, self.chunk_size), wanted)
         if full:
             self._not_before = self.reactor.seconds() + LOOK_SECONDS
         if full and not self._full:

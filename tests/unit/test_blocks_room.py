@@ -159,6 +159,19 @@ class LimitTests(RoomCase):
         self.assertIn("is full", warning["log_format"])
         self.assertIn("--cache-size", warning["limit"])
 
+    def test_many_chunks_at_once_are_kept_though_they_are_more_than_is_granted_at_a_time(self) -> None:
+        limit = 8192 + 20 * CHUNK
+        cached = self.open(1, self.directory(limit))
+        self.assertTrue(cached.store(0, [blob(BLOB, 1)]))
+        self.assertTrue(cached.chunks.complete)
+
+    def test_many_chunks_at_once_for_which_there_is_no_room_are_not_kept_and_the_log_says_so(self) -> None:
+        cached = self.open(1, self.directory(8192 + (COUNT - 1) * CHUNK))
+        for _ in range(3):
+            self.assertFalse(cached.store(0, [blob(BLOB, 1)]))
+        self.assertEqual(COUNT, cached.chunks.missing)
+        self.assertEqual(1, len(self.logged(LogLevel.warn)))
+
     def test_when_there_is_room_again_it_is_used_and_the_log_says_so(self) -> None:
         directory = self.directory(8192 * 2 + 20 * CHUNK)
         other, cached = self.open(1), self.open(2, directory)
