@@ -1,9 +1,9 @@
 """What the way to an origin is like, as its transfers show it. No I/O, no clock: times are arguments.
 
-The round trip is the shortest wait for a first byte, the bandwidth the highest rate of late, as in BBR: a
-queue on the way, or a reader that paused, only ever makes the one longer and the other lower. Their product
-is what the way holds at a time. A request for less than that costs more waiting than bytes; more than a few
-times that in flight only queues up.
+The round trip is the shortest wait for a first byte: a queue on the way only ever makes it longer. The
+bandwidth is what comes in the time in which bytes follow each other: waits for an answer tell nothing of it.
+Their product is what the way holds at a time. A request for less than that costs more waiting than bytes;
+more than a few times that in flight only queues up.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ import attrs
 
 KIB = 1024
 MIB = 1024 * KIB
-SAMPLE = 0.1
-"""Seconds over which a rate is taken while transfers run."""
-SHORT_SAMPLE = 0.02
-"""The least of a rate that is cut off by the end of a transfer."""
+SAMPLE = 128 * KIB
+"""Bytes over which a rate is taken."""
+PAUSE = 0.002
+"""Seconds without a byte that are a wait for an answer, and no time of transfer; at least, on a far link it
+is half a round trip."""
 SHORT_REQUEST = 0.02
 """Seconds within which the bytes of a request should come."""
-ROUND_TRIPS, RATES = 32, 16
+ROUND_TRIPS, RATES = 32, 32
 """How many of the last samples count."""
 UNKNOWN_WINDOW = 4 * MIB
 """Guesses in flight, in bytes, before anything is known."""
@@ -32,8 +33,10 @@ class Link:
 
     _round_trips: deque[float] = attrs.field(factory=lambda: deque(maxlen=ROUND_TRIPS), init=False)
     _rates: deque[float] = attrs.field(factory=lambda: deque(maxlen=RATES), init=False)
-    _since: float | None = attrs.field(default=None, init=False)
+    _last: float | None = attrs.field(default=None, init=False)
+    _seconds: float = attrs.field(default=0.0, init=False)
     _bytes: int = attrs.field(default=0, init=False)
+    _bandwidth: float | None = attrs.field(default=None, init=False)
 
     @property
     def round_trip(self) -> float | None:
@@ -43,14 +46,14 @@ class Link:
     @property
     def bandwidth(self) -> float | None:
         """Bytes a second, over all transfers."""
-        return max(self._rates, default=None)
+        return self._bandwidth
 
     @property
     def product(self) -> int | None:
         """Bytes that come within a round trip."""
-        if not self._round_trips or not self._rates:
+        if not self._round_trips or self._bandwidth is None:
             return None
-        return int(min(self._round_trips) * max(self._rates))
+        return int(min(self._round_trips) * self._bandwidth)
 
     @property
     def window(self) -> int:
@@ -83,24 +86,18 @@ class Link:
 
     def received(self, now: float, length: int) -> None:
         """So many bytes came now."""
-        if self._since is None:
-            # When the first ones set out is not known, so they are not counted.
-            self._since, self._bytes = now, 0
-            return
+        last, self._last = self._last, now
+        pause = max(PAUSE, min(self._round_trips, default=0.0) / 2)
+        if last is None or now - last > pause:
+            return  # when these set out is not known
         self._bytes += length
-        if now - self._since >= SAMPLE:
-            self._sample(now)
-            self._since, self._bytes = now, 0
-
-    def idle(self, now: float) -> None:
-        """No transfer runs any more."""
-        if self._since is not None and self._bytes and (now - self._since >= SHORT_SAMPLE or not self._rates):
-            self._sample(now)
-        self._since = None
-
-    def _sample(self, now: float) -> None:
-        assert self._since is not None
-        self._rates.append(self._bytes / max(now - self._since, 1e-4))
+        self._seconds += now - last
+        if self._bytes >= SAMPLE:
+            self._rates.append(self._bytes / max(self._seconds, 1e-5))
+            self._bytes, self._seconds = 0, 0.0
+            # Some are too high, of bytes that had waited for this process, and some too low, of answers that
+            # were all short.
+            self._bandwidth = sorted(self._rates)[3 * len(self._rates) // 4]
 
 
 def _power_of_two(number: int) -> int:

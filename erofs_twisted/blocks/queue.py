@@ -120,8 +120,6 @@ class FetchQueue:
             self._running.remove(fetch)
             self._unanswered.pop(fetch, None)
             now = self._clock.seconds()
-            if not self._running:
-                self.link.idle(now)
             if fetch.priority is not Priority.BACKGROUND:
                 self._busy_at = now
             self._log.debug(

@@ -22,7 +22,8 @@ class ReadaheadPolicy(Protocol):
     """Decides what is fetched before it is asked for; `Readahead` is the one that is used."""
 
     def advise(self, offset: int, length: int, missing: bool) -> list[ByteRange]:
-        """A reader asked for [offset, offset + length), of which something is ``missing``, or all is at hand.
+        """A reader asked for [offset, offset + length), of which something is ``missing``, or all is at hand
+        or on its way.
 
         Returns the ranges within the blob that are worth having now, the most urgent first, each to be asked
         for in one request. They may cover bytes that are at hand or on their way.

@@ -77,6 +77,10 @@ class Requests:
             self._hurry(first, end)
         self._queue.start()
 
+    def all_coming(self, first: int, end: int) -> bool:
+        """Is everything that is missing of the chunks [first, end) on its way?"""
+        return next(self._unclaimed(first, end), None) is None
+
     def withdraw(self, first: int, end: int, is_waited_for: Callable[[Sequence[int]], bool]) -> None:
         """A reader of these chunks left: what comes for it alone is cancelled, unless it is almost there."""
         fetches = dict.fromkeys(self._fetches[chunk] for chunk in range(first, end) if chunk in self._fetches)

@@ -11,8 +11,10 @@ from twisted.internet.defer import Deferred, fail, succeed
 from twisted.internet.interfaces import IReactorTime
 
 from erofs_twisted.blocks.cache import CachedBlob
+from erofs_twisted.blocks.chunks import ChunkMap
 from erofs_twisted.blocks.fetch import Priority
 from erofs_twisted.blocks.lanes import in_lanes
+from erofs_twisted.blocks.link import Link
 from erofs_twisted.blocks.queue import FetchQueue
 from erofs_twisted.blocks.readahead import ByteRange, Readahead, ReadaheadPolicy
 from erofs_twisted.blocks.requests import Requests
@@ -64,6 +66,8 @@ class BlobSource:
         self._requests = Requests(reader, cached, clock, self._queue, self._arrived, self._lost)
         self._waiters = Waiters()
         self._closed = False
+        self._foreseen: ChunkMap | None = None
+        """What is known to be read."""
         self._bytes_from_cache = self._reads_failed = 0
         # What every read looks at.
         self._chunks = cached.chunks
@@ -83,7 +87,10 @@ class BlobSource:
             missing = not chunks.present(first, end)
             if missing and not self._closed and self._cached.refresh(first, end):
                 missing = not chunks.present(first, end)
-            advice = self._readahead.advise(offset, length, missing)
+            # What is on its way costs no request of its own, so there is none to make more of.
+            costs = missing and not self._requests.all_coming(first, end)
+            foreseen = self._foreseen is not None and self._foreseen.present(first, end)
+            advice = () if foreseen else self._readahead.advise(offset, length, costs)
             if missing:
                 return self._wait(offset, length, Priority.DEMAND, advice)
             if advice:
@@ -115,10 +122,16 @@ class BlobSource:
         return Deferred.fromCoroutine(self._prefetch(self._requests.cuts(first, end), priority, PREFETCHES))
 
     def prefetch_ranges(self, ranges: Iterable[ByteRange]) -> Deferred[None]:
-        """Likewise for many ranges, in this order, as many at a time as the link takes."""
-        spans = (self._chunking.span(start, end - start) for start, end in ranges if start < end)
-        cuts = (cut for span in spans for cut in self._requests.cuts(*span))
-        return Deferred.fromCoroutine(self._prefetch(cuts, Priority.AHEAD, 4 * PREFETCHES))
+        """Likewise for many ranges, in this order, as many at a time as the link takes.
+
+        They are known to be read: so a read of them is no reason to guess what is read next.
+        """
+        foreseen = self._foreseen = self._foreseen or ChunkMap(len(self._chunks))
+        cuts: list[tuple[int, int]] = []
+        for first, end in (self._chunking.span(start, end - start) for start, end in ranges if start < end):
+            foreseen.set(first, end)
+            cuts += self._requests.cuts(first, end)
+        return Deferred.fromCoroutine(self._prefetch(iter(cuts), Priority.AHEAD, max(len(cuts), 1)))
 
     def next_missing(self, offset: int, most: int) -> ByteRange | None:
         """The first bytes from ``offset`` on that are not in the cache, in whole chunks, at most ``most``."""
@@ -127,6 +140,11 @@ class BlobSource:
             stop = min(stop, start + max(most >> self._bits, 1))
             return self._chunking.start(start), self._chunking.start(stop)
         return None
+
+    @property
+    def link(self) -> Link:
+        """What is known of the way to the blob's origin."""
+        return self._queue.link
 
     @property
     def bytes_missing(self) -> int:

@@ -31,9 +31,9 @@ class MetadataPolicy:
 
     granule: int = CHUNK_SIZE
     """Ranges are whole ones of these: a power of two, no less than a block."""
-    gap: int = 64 * KIB
-    """Ranges that are this near to each other are asked for as one: what is between them costs no more than
-    another request would, and may be of use next."""
+    gap: int = 32 * KIB
+    """Ranges that are this near to each other are asked for as one while the link is not known: what is
+    between them costs no more than another request would, and may be of use next."""
     request: int = 1 * MIB
     """Ranges are cut to pieces of at most this size: what is in one can be looked at when it has come."""
     lanes: int = 16
@@ -159,9 +159,11 @@ class MetadataPrefetch:
 
     def _merged(self, ranges: list[ByteRange]) -> list[ByteRange]:
         """Ranges in order, with no small gaps between them."""
+        # Many requests go side by side: each has a part of what comes in a round trip.
+        gap = self._source.link.share(16, default=self._policy.gap, least=self._policy.granule, most=64 * KIB)
         merged: list[ByteRange] = []
         for start, end in ranges:
-            if merged and start - merged[-1][1] <= self._policy.gap:
+            if merged and start - merged[-1][1] <= gap:
                 merged[-1] = (merged[-1][0], end)
             else:
                 merged.append((start, end))

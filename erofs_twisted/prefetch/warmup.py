@@ -66,6 +66,7 @@ class WarmUp:
     async def _follow(self, search: Awaitable[Trace | None]) -> None:
         trace = await search
         if trace is not None:
+            self._traced = True
             self._log.info(
                 "fetching {bytes} bytes that the trace of {digest} names",
                 bytes=trace.length,
@@ -74,6 +75,7 @@ class WarmUp:
             await self._source.prefetch_ranges(trace.ranges)
 
     async def _begin(self, superblock: Superblock, fill: Fill | None) -> None:
-        await prefetch_metadata(self._source, superblock, self._clock)
+        if not self._traced:  # the metadata that is needed is in the trace
+            await prefetch_metadata(self._source, superblock, self._clock)
         if fill is not None:
             await fill.when_idle()

@@ -15,6 +15,7 @@ from erofs_twisted.blocks.requests import OTHERS_PATIENCE
 from erofs_twisted.blocks.source import BlobSource
 from erofs_twisted.errors import RangesIgnored, ReadError
 from tests.unit.blobs import ScriptedOrigin, ThreadlessReactor, blob, open_cached
+from tests.unit.test_blocks_link import receive
 from tests.unit.test_blocks_source import Told, joined
 
 CHUNK = 1024
@@ -111,8 +112,7 @@ class BackgroundTests(QueueCase):
 class GuessTests(QueueCase):
     def know(self, round_trip: float, bandwidth: float) -> None:
         self.queue.link.answered(round_trip)
-        for tick in range(101):
-            self.queue.link.received(tick / 100, int(bandwidth / 100))
+        receive(self.queue.link, bandwidth, 100)
 
     def test_a_reader_far_into_a_guess_under_way_asks_for_itself_where_that_is_faster(self) -> None:
         self.know(0.001, 1e5)  # 60 chunks take 0.6 s

@@ -347,7 +347,9 @@ class PrefetchTests(SourceCase):
         while origin.live:
             origin.live[0].finish()
         self.successResultOf(done)
-        self.assertEqual([1024 * 1024] * 9, [length for _, length in origin.asked])
+        lengths = [length for _, length in origin.asked]
+        self.assertEqual([1024 * 1024] * 4, lengths[:4])
+        self.assertEqual(len(big), sum(lengths))
 
     def test_a_cancelled_prefetch_starts_nothing_more(self) -> None:
         big = blob(9 * 1024 * 1024)
@@ -359,6 +361,28 @@ class PrefetchTests(SourceCase):
         while origin.live:
             origin.live[0].finish()
         self.assertEqual(4, len(origin.transfers))
+
+
+class ForeseenTests(SourceCase):
+    """Ranges that a trace names."""
+
+    def test_all_are_asked_for_in_their_order(self) -> None:
+        done = self.source.prefetch_ranges([(8 * CHUNK, 9 * CHUNK), (0, 2 * CHUNK), (0, 0), (5, 10)])
+        self.assertEqual([(8 * CHUNK, CHUNK), (0, 2 * CHUNK)], self.origin.asked)
+        for transfer in self.origin.live:
+            transfer.finish()
+        self.successResultOf(done)
+
+    def test_nothing_is_done_at_once(self) -> None:
+        self.successResultOf(self.source.prefetch_ranges([]))
+
+    def test_a_read_of_them_is_no_reason_to_guess(self) -> None:
+        self.source.prefetch_ranges([(8 * CHUNK, 10 * CHUNK)])
+        self.readahead.advice = [(8 * CHUNK, 40 * CHUNK)]
+        self.waits(8 * CHUNK, CHUNK)
+        self.assertEqual([(8 * CHUNK, 2 * CHUNK)], self.origin.asked)
+        self.waits(9 * CHUNK, 2 * CHUNK)
+        self.assertEqual((10 * CHUNK, 30 * CHUNK), self.origin.asked[1])
 
 
 class CloseTests(SourceCase):
