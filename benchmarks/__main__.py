@@ -21,6 +21,7 @@ from benchmarks.stage import FULL, QUICK, Stage
 from benchmarks.table import Row, console, show
 
 BENCHMARKS = (
+    "links",
     "cached_copy",
     "growth",
     "streaming",
@@ -32,7 +33,7 @@ BENCHMARKS = (
     "cached_reads",
     "guest",
 )
-NOT_QUICK = {"guest"}
+NOT_QUICK = {"links", "cached_reads", "guest"}
 
 
 def main() -> None:
@@ -40,7 +41,9 @@ def main() -> None:
         prog="python -m benchmarks", description=(__doc__ or "").partition(":")[0]
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHMARKS)} [all]")
-    parser.add_argument("--quick", action="store_true", help="two runs, smaller sizes, no guest unless named")
+    parser.add_argument(
+        "--quick", action="store_true", help="two runs, smaller sizes, without links, cached_reads, guest"
+    )
     parser.add_argument("--runs", type=int, help="of each measurement [5, quick: 2]")
     parser.add_argument(
         "--profile", type=Path, metavar="DIR", help="profile our daemons; times are no figures then"

@@ -8,14 +8,16 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import attrs
 
-from tests.images import EROFS, OCI_CONFIG, OCI_MANIFEST, build_erofs
+from tests.images import EROFS, OCI_CONFIG, OCI_INDEX, OCI_MANIFEST, build_erofs
 
 MIB = 1 << 20
+EMPTY = "application/vnd.oci.empty.v1+json"
 SYSTEM_PYTHON = Path("/usr/bin/python3").resolve()
 LIBRARY = re.compile(r"(/\S+) \(0x")
 
@@ -67,10 +69,46 @@ class Www:
         described = self._document(name, "manifests", manifest)
         manifests = self.root / "v2" / name / "manifests"
         os.link(manifests / described["digest"], manifests / "latest")
-        return Image(name, digest, described["digest"], blob, size)
+        image = Image(name, digest, described["digest"], blob, size)
+        self._referrers(image, [])
+        return image
 
-    def _document(self, name: str, kind: str, value: dict[str, Any]) -> dict[str, Any]:
-        data = json.dumps(value).encode()
+    def refer(
+        self, image: Image, name: str, media_type: str, content: bytes, annotations: Mapping[str, str]
+    ) -> Image:
+        """The same image in another repository, where an artifact with ``content`` refers to it."""
+        there = attrs.evolve(image, name=name)
+        repository = self.root / "v2" / name
+        shutil.copytree(self.root / "v2" / image.name, repository, copy_function=os.link)
+        subject = (repository / "manifests" / image.manifest).stat().st_size
+        layer = {"mediaType": media_type, **self._document(name, "blobs", content)}
+        artifact = {
+            "schemaVersion": 2,
+            "mediaType": OCI_MANIFEST,
+            "artifactType": media_type,
+            "config": {"mediaType": EMPTY, **self._document(name, "blobs", {})},
+            "layers": [layer],
+            "subject": {"mediaType": OCI_MANIFEST, "digest": image.manifest, "size": subject},
+            "annotations": dict(annotations),
+        }
+        listed = {
+            "mediaType": OCI_MANIFEST,
+            "artifactType": media_type,
+            "annotations": dict(annotations),
+            **self._document(name, "manifests", artifact),
+        }
+        self._referrers(there, [listed])
+        return there
+
+    def _referrers(self, image: Image, listed: Sequence[Mapping[str, Any]]) -> None:
+        directory = self.root / "v2" / image.name / "referrers"
+        directory.mkdir(exist_ok=True)
+        index = {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": listed}
+        (directory / image.manifest).unlink(missing_ok=True)
+        (directory / image.manifest).write_text(json.dumps(index))
+
+    def _document(self, name: str, kind: str, value: dict[str, Any] | bytes) -> dict[str, Any]:
+        data = value if isinstance(value, bytes) else json.dumps(value).encode()
         digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
         (self.root / "v2" / name / kind / digest).write_bytes(data)
         return {"digest": digest, "size": len(data)}

@@ -9,15 +9,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.cold import Cold, cold, summary
-from benchmarks.content import Image
+from benchmarks.content import Image, Www
 from benchmarks.lazy import BIN, LINE, Lazy, find, python_line, tar
 from benchmarks.registries import FAR, UNSHAPED, Counts, Shaped
 from benchmarks.served import curl
 from benchmarks.stage import Stage
 from benchmarks.table import Row, at_most
-from erofs_twisted.blocks.trace import Trace
+from erofs_twisted.blocks.trace import MEDIA_TYPE, Trace
 from erofs_twisted.erofs.superblock import Superblock
 from erofs_twisted.erofs.walk import Walk
+from erofs_twisted.tracing import LAYER_ANNOTATION
 
 BLOCK = 4096
 PATIENCE = 120.0
@@ -28,34 +29,41 @@ def measure(stage: Stage) -> Iterator[Row]:
     image, runs = stage.python, range(stage.effort.runs)
     with Shaped(root=stage.www) as registry:
         traces = record(stage, registry, image)
-        traced = Trace.decode(next(path for path in traces.rglob("*") if path.is_file()).read_bytes()).length
+        content = next(path for path in traces.rglob("*") if path.is_file()).read_bytes()
+        traced = Trace.decode(content).length
+        annotations = {LAYER_ANNOTATION: image.digest}
+        referred = Www(stage.www).refer(image, "python-traced", MEDIA_TYPE, content, annotations)
         metadata = metadata_bytes(image)
-        found, line, with_trace, read, download = [], [], [], [], []
+        found, line, with_trace, by_referrer, read, download = [], [], [], [], [], []
         for _ in runs:
             found.append(cold(stage, registry, FAR, image, find))
             line.append(cold(stage, registry, FAR, image, python_line))
             with_trace.append(cold(stage, registry, FAR, image, python_line, traces=traces))
+            by_referrer.append(cold(stage, registry, FAR, referred, python_line))
             read.append(cold(stage, registry, FAR, image, tar))
             registry.set(FAR)
             download.append(curl(registry.url + image.path).elapsed)
         yield _row("find", found, FAR.seconds(12, metadata) * 1.5, f"metadata {metadata / 1e6:.2f} MB")
         bar = FAR.seconds(4, traced) * 1.3
         yield _row("python3 line, with a trace", with_trace, bar, f"trace {traced / 1e6:.2f} MB")
-        yield _row("python3 line, without", line, bar * 2.5, "")
+        yield _row("the same, trace from the registry", by_referrer, None, "")
+        yield _row("python3 line, without a trace", line, bar * 2.5, "")
         whole = statistics.median(download)
         yield _row("every file, by tar", read, whole * 1.15, f"curl of all {whole:.2f} s")
         yield from _remount(stage, registry, image)
 
 
-def _row(what: str, runs: list[Cold], bar: float, of: str) -> Row:
+def _row(what: str, runs: list[Cold], bar: float | None, of: str) -> Row:
     mounted = statistics.median(run.mounted for run in runs)
     interpreter = statistics.median(run.interpreter for run in runs)
-    details = (
-        f"mounted after {mounted:.2f} s; {summary(runs)}; {of}; interpreter and imports {interpreter:.2f} s"
-    )
-    return at_most(
-        f"{FAR.name}: mount + {what}", [run.seconds for run in runs], bar, details.replace("; ;", ";")
-    )
+    parts = [
+        f"mounted after {mounted:.2f} s",
+        summary(runs),
+        of,
+        f"interpreter and imports {interpreter:.2f} s",
+    ]
+    details = "; ".join(filter(None, parts))
+    return at_most(f"{FAR.name}: mount + {what}", [run.seconds for run in runs], bar, details)
 
 
 def record(stage: Stage, registry: Shaped, image: Image) -> Path:

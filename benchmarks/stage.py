@@ -29,7 +29,7 @@ class Effort:
 
 
 FULL = Effort(runs=5, stream=1024, delayed=64, random_reads=200, sparse=(1024, 8192), export=512)
-QUICK = Effort(runs=2, stream=256, delayed=16, random_reads=60, sparse=(256, 1024), export=64)
+QUICK = Effort(runs=2, stream=256, delayed=16, random_reads=60, sparse=(128, 512), export=64)
 
 
 @attrs.define(slots=False)
