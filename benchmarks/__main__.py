@@ -15,6 +15,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import attrs
+
 from benchmarks.machine import machine
 from benchmarks.profiling import profiling
 from benchmarks.stage import FULL, QUICK, Stage
@@ -61,8 +63,6 @@ def main() -> None:
         profiling.directory = asked.profile.resolve()
     effort = QUICK if asked.quick else FULL
     if asked.runs:
-        import attrs
-
         effort = attrs.evolve(effort, runs=asked.runs)
     names = asked.names or [name for name in BENCHMARKS if not asked.quick or name not in NOT_QUICK]
     began, busy = time.monotonic(), os.getloadavg()[0]
@@ -71,9 +71,13 @@ def main() -> None:
         stage = Stage(Path(directory), effort)
         for name in names:
             console.print(f"[dim]{time.monotonic() - began:5.0f} s  {name}[/dim]")
-            for row in importlib.import_module(f"benchmarks.{name}").measure(stage):
-                console.print(f"         {row.what}: {row.measured}; {row.details}")
-                rows.append(row)
+            try:
+                for row in importlib.import_module(f"benchmarks.{name}").measure(stage):
+                    console.print(f"         {row.what}: {row.measured}; {row.details}")
+                    rows.append(row)
+            except Exception as error:  # noqa: BLE001 - the others' figures are worth having
+                console.print_exception()
+                rows.append(Row(name, "failed", met=False, details=f"{type(error).__name__}: {error}"[:200]))
     console.print(f"\n{machine()}; {effort.runs} runs, medians (least-most)")
     console.print(
         f"load average {busy:.1f} before, {os.getloadavg()[0]:.1f} after; {time.monotonic() - began:.0f} s\n"
