@@ -204,7 +204,7 @@ async def open_image(reactor: Any, pool: ThreadPool, config: ImageConfig) -> Ope
         recording = Recording(reactor, pool, TraceFiles(str(config.cache_dir)), layer.digest, layer.size)
         export = recording.of(export)
     warm_up = WarmUp(reactor, source)
-    fill = Fill(reactor, source, queue.link, directory.room, config.fill_rate)
+    fill = Fill(reactor, source, queue, directory.room, config.fill_rate)
     image = OpenImage(resolved, export, source, store, warm_up, fill, config.fill, recording)
     if config.trace != "off" and missing:
         # A mount that finds something in the cache asks the registry for no trace: what is there was one.

@@ -27,13 +27,16 @@ class FetchQueue:
     """Starts fetches: what readers wait for before guesses, and these before the background.
 
     Guesses are kept to what the `Link` holds, and leave places free, so that a reader need not wait for one
-    to end. The background goes on only while nothing else does.
+    to end. The background goes on only while nothing else does; or, with `hurries`, also beside others as
+    long as they leave room on the link.
     """
 
     _log = Logger()
 
     def __init__(self, clock: IReactorTime, link: Link | None = None) -> None:
         self.link = link or Link()
+        self.hurries = False
+        """Is the background soon done, so that it is worth a little delay for readers?"""
         self._clock = clock
         self._running: set[Fetch] = set()
         self._unanswered: dict[Fetch, float] = {}
@@ -105,8 +108,12 @@ class FetchQueue:
         if priority is Priority.AHEAD:
             in_flight = sum(fetch.remaining for fetch in self._running if fetch.is_guess)
             return running < LIMIT - RESERVED and (not in_flight or in_flight < self.link.window)
-        others = any(fetch.priority is not Priority.BACKGROUND for fetch in self._running)
-        return not others and running < BACKGROUND_LIMIT and not self._until_quiet()
+        others = sum(fetch.priority is not Priority.BACKGROUND for fetch in self._running)
+        if running - others >= BACKGROUND_LIMIT:
+            return False
+        if not others and (self.hurries or not self._until_quiet()):
+            return True
+        return self.hurries and sum(fetch.remaining for fetch in self._running) < (self.link.product or 0)
 
     def _until_quiet(self) -> float:
         return max(0.0, self._busy_at + QUIET - self._clock.seconds())

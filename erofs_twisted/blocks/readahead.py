@@ -51,12 +51,19 @@ class Windows:
 class Stream:
     """A place where reads follow each other."""
 
+    start: int
+    """Where it began."""
     position: int
     """The end of the furthest read."""
     consumed: int
     """Bytes read in it."""
     ahead: int = 0
     """The end of what was advised."""
+
+    @property
+    def is_dense(self) -> bool:
+        """Is what lies between its reads little? If not, they only happen to be near to each other."""
+        return self.consumed * 2 >= self.position - self.start
 
 
 @attrs.define
@@ -72,12 +79,14 @@ class Readahead:
         stream = self._continued(offset)
         end = offset + length
         if stream is None:
-            self._streams.insert(0, Stream(position=end, consumed=length))
+            self._streams.insert(0, Stream(start=offset, position=end, consumed=length))
             del self._streams[self.windows.streams :]
             return self._neighbourhood(offset, end) if missing else []
         if end > stream.position:
             stream.consumed += end - max(offset, stream.position)
             stream.position = end
+        if not stream.is_dense:
+            return self._neighbourhood(offset, end) if missing else []
         most = max(self.windows.maximum, 4 * self.link.longest)
         window = min(max(stream.consumed, self.windows.initial), most)
         if missing:

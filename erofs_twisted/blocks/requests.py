@@ -22,8 +22,8 @@ from erofs_twisted.interfaces import IBlobReader
 OTHERS_PATIENCE = 2.0
 """Seconds without a new chunk after which another process that is to fetch some is waited for no longer."""
 FAR = 0.02
-"""Seconds beyond two round trips that a reader waits in the middle of a guess under way; what would come
-later is asked for once more."""
+"""Seconds that a reader waits in the middle of a guess under way, beyond twice what a new request takes; what
+would come later is asked for once more."""
 
 
 class Requests:
@@ -171,17 +171,21 @@ class Requests:
                 continue
             if not fetch.started:
                 self._queue.promote(fetch)
-            elif self._is_far(fetch, chunk):
+            elif self._is_far(fetch, chunk, end):
                 self._fetch(chunk, min(end, fetch.end), Priority.DEMAND)
 
-    def _is_far(self, fetch: Fetch, chunk: int) -> bool:
-        """Is a chunk better asked for once more than waited for in the middle of a guess?"""
+    def _is_far(self, fetch: Fetch, chunk: int, end: int) -> bool:
+        """Are the chunks [chunk, end) better asked for once more than waited for in the middle of a guess?"""
         before = fetch.before(chunk)
         if fetch.priority is Priority.BACKGROUND:
             return before > self._chunking.chunk_size
-        link = self._queue.link
-        wait, round_trip = link.seconds(before, max(self._queue.running, 1)), link.round_trip
-        return wait is not None and round_trip is not None and wait > 2 * round_trip + FAR
+        link, running = self._queue.link, self._queue.running
+        wait, round_trip = link.seconds(before, running), link.round_trip
+        length = self._chunking.start(end) - self._chunking.start(chunk)
+        again = link.seconds(length, running + 1)
+        if wait is None or again is None or round_trip is None:
+            return False
+        return wait > 2 * (round_trip + again) + FAR
 
     def _unclaimed(self, first: int, end: int) -> Iterator[tuple[int, int]]:
         """The runs in [first, end) that are neither there nor to come. They may be claimed as they appear."""

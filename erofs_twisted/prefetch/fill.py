@@ -13,10 +13,14 @@ from twisted.logger import Logger
 from erofs_twisted.blocks.cache import CorruptBlob
 from erofs_twisted.blocks.fetch import Priority
 from erofs_twisted.blocks.lanes import in_lanes
-from erofs_twisted.blocks.link import KIB, MIB, Link
+from erofs_twisted.blocks.link import KIB, MIB
+from erofs_twisted.blocks.queue import FetchQueue
 from erofs_twisted.blocks.source import BlobSource
 from erofs_twisted.errors import ReadError
 
+SOON = 10.0
+"""Seconds within which an image is better fetched at once: a program that starts reads much of it, here and
+there, and each of its waits for an answer can bring some."""
 LANES = 2
 """Requests at a time: while the one is asked for, the other's bytes come."""
 URGENT_LANES = 8
@@ -38,7 +42,7 @@ class Fill:
 
     clock: Any
     source: BlobSource
-    link: Link
+    queue: FetchQueue
     room: Callable[[], Deferred[int | None]]
     rate: int | None = None
     _paid_until: float = attrs.field(default=0.0, init=False)
@@ -89,6 +93,7 @@ class Fill:
             while (missing := self.source.next_missing(position, self._request_size())) is not None:
                 start, end = missing
                 position = end
+                self._hurry()
                 await self._pace(end - start)
                 await self.source.prefetch(start, end - start, priority)
                 if self.source.stats.bytes_unkept > unkept:
@@ -99,9 +104,13 @@ class Fill:
             position = 0
             await in_lanes(lanes, fetch_in_turn)
 
+    def _hurry(self) -> None:
+        seconds = self.queue.link.seconds(self.source.bytes_missing)
+        self.queue.hurries = self.rate is None and seconds is not None and seconds <= SOON
+
     def _request_size(self) -> int:
         """What comes in about a round trip: a reader that comes meanwhile shares the link for no longer."""
-        return self.link.share(1, default=256 * KIB, least=64 * KIB, most=MIB)
+        return self.queue.link.share(1, default=256 * KIB, least=64 * KIB, most=MIB)
 
     async def _pace(self, length: int) -> None:
         if self.rate is None:

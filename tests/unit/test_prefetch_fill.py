@@ -30,7 +30,7 @@ class FillCase(SynchronousTestCase):
         self.source = BlobSource(self.origin, self.cached, self.clock, Told(), self.queue)
 
     def fill(self, room: int | None = None, rate: int | None = None) -> Fill:
-        return Fill(self.clock, self.source, Link(), lambda: succeed(room), rate)
+        return Fill(self.clock, self.source, self.queue, lambda: succeed(room), rate)
 
     def begin(self, fill: Fill) -> Deferred[None]:
         return Deferred.fromCoroutine(fill.when_idle())
