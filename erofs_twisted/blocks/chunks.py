@@ -58,7 +58,7 @@ class Chunking:
 class ChunkMap:
     """Which of ``count`` chunks are there.
 
-    One byte a chunk, in memory as on disk: 16 KiB a GiB buy a search in C on the path of every read, and a
+    One byte a chunk, in memory as on disk: 256 KiB a GiB buy a search in C on the path of every read, and a
     process can write its own chunks' bytes on disk without touching those that another one writes.
     """
 
