@@ -57,6 +57,8 @@ class Stream:
     """The end of the furthest read."""
     consumed: int
     """Bytes read in it."""
+    missed: bool
+    """Was anything of it missing? If not, it goes through what a cache kept, and needs no help."""
     ahead: int = 0
     """The end of what was advised."""
 
@@ -79,12 +81,15 @@ class Readahead:
         stream = self._continued(offset)
         end = offset + length
         if stream is None:
-            self._streams.insert(0, Stream(start=offset, position=end, consumed=length))
+            self._streams.insert(0, Stream(start=offset, position=end, consumed=length, missed=missing))
             del self._streams[self.windows.streams :]
             return self._neighbourhood(offset, end) if missing else []
         if end > stream.position:
             stream.consumed += end - max(offset, stream.position)
             stream.position = end
+        stream.missed = stream.missed or missing
+        if not stream.missed:
+            return []
         if not stream.is_dense:
             return self._neighbourhood(offset, end) if missing else []
         most = max(self.windows.maximum, 4 * self.link.longest)

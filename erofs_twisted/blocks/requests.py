@@ -165,14 +165,18 @@ class Requests:
 
     def _hurry(self, first: int, end: int) -> None:
         """A reader waits for these chunks: see to it that guesses don't make it wait."""
-        for chunk in range(first, end):
+        chunk = first
+        while chunk < end:
             fetch = self._fetches.get(chunk)
-            if fetch is None or not fetch.is_guess:
+            if fetch is None:
+                chunk += 1
                 continue
-            if not fetch.started:
-                self._queue.promote(fetch)
-            elif self._is_far(fetch, chunk, end):
-                self._fetch(chunk, min(end, fetch.end), Priority.DEMAND)
+            if fetch.is_guess:
+                if not fetch.started:
+                    self._queue.promote(fetch)
+                elif self._is_far(fetch, chunk, end):
+                    self._fetch(chunk, min(end, fetch.end), Priority.DEMAND)
+            chunk = fetch.end
 
     def _is_far(self, fetch: Fetch, chunk: int, end: int) -> bool:
         """Are the chunks [chunk, end) better asked for once more than waited for in the middle of a guess?"""

@@ -32,9 +32,8 @@ from erofs_twisted.registry.failures import NETWORK_FAILURES, is_cancellation, n
 from erofs_twisted.registry.urls import redacted
 
 USER_AGENT = f"erofs-twisted/{__version__}"
-PIECE = 256 * 1024
-"""Bytes that are taken from a connection at a time: each piece goes through a dozen calls, whatever its size.
-"""
+SMALL_PIECE, PIECE = 16 * 1024, 256 * 1024
+"""Bytes that are taken from a connection at a time."""
 CONNECT_TIMEOUT = 10.0
 IDLE_CONNECTIONS = 32
 """Kept for each host: as many as there may be ranges in flight, or each range pays for a new connection."""
@@ -43,10 +42,24 @@ IDLE_SECONDS = 60
 
 
 class _Client(HTTP11ClientProtocol):
-    def makeConnection(self, transport: Any) -> None:
-        connection = getattr(transport, "transport", transport)  # TLS has the real one below it
-        connection.bufferSize = PIECE
-        super().makeConnection(transport)  # type: ignore[no-untyped-call]
+    """Takes the head of an answer in small pieces, since each line of it is cut off what came with it, and a
+    long body in large ones, since each goes through a dozen calls."""
+
+    def request(self, request: Any) -> Deferred[Any]:
+        self._take(SMALL_PIECE)
+        answer: Deferred[Any] = super().request(request)
+        return answer
+
+    def dataReceived(self, data: bytes) -> None:
+        if len(data) >= SMALL_PIECE:
+            self._take(PIECE)
+        super().dataReceived(data)  # type: ignore[no-untyped-call]
+
+    def _take(self, size: int) -> None:
+        transport = self.transport
+        connection: Any = getattr(transport, "transport", transport)  # TLS has the real one below it
+        if connection is not None:
+            connection.bufferSize = size
 
 
 class _ClientFactory(_HTTP11ClientFactory):

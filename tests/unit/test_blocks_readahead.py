@@ -37,9 +37,10 @@ class RandomReadTests(SynchronousTestCase):
 
 class SequentialReadTests(SynchronousTestCase):
     def read_on(self, readahead: Readahead, start: int, count: int, missing: bool = False) -> list[ByteRange]:
-        """``count`` reads that follow each other, and what they were advised in all."""
+        """``count`` reads that follow each other, and the advice to all but the first, which misses."""
+        readahead.advise(start, BLOCK, True)
         advice = []
-        for number in range(count):
+        for number in range(1, count):
             advice += readahead.advise(start + number * BLOCK, BLOCK, missing)
         return advice
 
@@ -50,7 +51,7 @@ class SequentialReadTests(SynchronousTestCase):
 
     def test_the_second_read_opens_a_window(self) -> None:
         readahead = Readahead(SIZE)
-        self.assertEqual([], readahead.advise(0, BLOCK, False))
+        self.assertEqual([(0, BLOCK)], readahead.advise(0, BLOCK, True))
         self.assertEqual([(256 * KIB, 512 * KIB)], readahead.advise(BLOCK, BLOCK, False))
 
     def test_the_window_grows_with_what_was_read_up_to_its_maximum(self) -> None:
@@ -94,8 +95,8 @@ class SequentialReadTests(SynchronousTestCase):
 
     def test_the_stream_longest_unread_is_forgotten_first(self) -> None:
         readahead = Readahead(SIZE, Windows(streams=2))
-        readahead.advise(0, BLOCK, False)
-        readahead.advise(20 * MIB, BLOCK, False)
+        readahead.advise(0, BLOCK, True)
+        readahead.advise(20 * MIB, BLOCK, True)
         readahead.advise(BLOCK, BLOCK, False)
         readahead.advise(40 * MIB, BLOCK, False)
         self.assertTrue(readahead.advise(2 * BLOCK, 4 * BLOCK, False))
@@ -103,7 +104,7 @@ class SequentialReadTests(SynchronousTestCase):
 
     def test_a_small_gap_or_step_back_does_not_end_a_stream(self) -> None:
         readahead = Readahead(SIZE)
-        readahead.advise(0, BLOCK, False)
+        readahead.advise(0, BLOCK, True)
         self.assertTrue(readahead.advise(BLOCK + 64 * KIB, BLOCK, False))
         self.assertTrue(readahead.advise(2 * BLOCK, 4 * BLOCK, False))
 
@@ -113,6 +114,19 @@ class SequentialReadTests(SynchronousTestCase):
         advice = readahead.advise(8 * BLOCK, BLOCK, True)
         self.assertEqual(8 * BLOCK, advice[0][0])
         self.assertGreaterEqual(advice[-1][1], 9 * BLOCK + MIB)
+
+    def test_a_stream_that_misses_nothing_is_not_helped(self) -> None:
+        readahead = Readahead(SIZE)
+        for number in range(100):
+            self.assertEqual([], readahead.advise(number * BLOCK, BLOCK, False))
+        self.assertTrue(readahead.advise(100 * BLOCK, BLOCK, True))
+        self.assertTrue(any(readahead.advise((101 + n) * BLOCK, BLOCK, False) for n in range(40)))
+
+    def test_small_reads_that_are_only_near_to_each_other_are_no_stream(self) -> None:
+        readahead = Readahead(SIZE)
+        for number in range(100):
+            advice = readahead.advise(number * 64 * KIB, 4 * KIB, True)
+            self.assertEqual(128 * KIB, sum(end - start for start, end in advice))
 
     def test_a_stream_ends_with_the_blob(self) -> None:
         readahead = Readahead(10 * BLOCK)
