@@ -165,7 +165,8 @@ class CachedBlob:
 
     def _look_after(self) -> None:
         self._wait()
-        self._in_background(self._flush())
+        if not self._flushing.locked:
+            self._in_background(self._flush())
 
     async def _flush(self) -> None:
         async with self._flushing:

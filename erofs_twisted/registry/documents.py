@@ -80,9 +80,8 @@ def _write(path: str, document: Document) -> None:
     fd, temporary = tempfile.mkstemp(prefix=".", dir=os.path.dirname(path))
     try:
         with open(fd, "wb") as file:
+            # Not synced: somebody waits for the mount, and what a crash leaves of it is checked.
             file.write(media_type + b"\n" + document.data)
-            file.flush()
-            os.fdatasync(fd)
         os.rename(temporary, path)
     except BaseException:
         os.unlink(temporary)

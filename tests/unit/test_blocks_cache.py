@@ -178,6 +178,16 @@ class KeepTests(CacheCase):
         self.reactor.advance(FLUSH_SECONDS)
         self.assertEqual([], self.logged(LogLevel.error))
 
+    def test_a_flush_that_takes_long_is_not_followed_by_all_that_were_due_meanwhile(self) -> None:
+        cached = self.open()
+        self.store(cached, 0)
+        self.pool.held = []
+        for _ in range(10):
+            self.reactor.advance(FLUSH_SECONDS)
+        self.assertEqual(1, len(self.pool.held))
+        self.pool.run()
+        self.assertEqual(PRESENT, self.marks()[0])
+
     def test_close_leaves_no_timer_and_no_open_file(self) -> None:
         cached = self.open()
         self.store(cached, 0)
