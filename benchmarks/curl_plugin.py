@@ -14,7 +14,7 @@ BARS = ((UNSHAPED, 1.0), (DELAYED, 3.0))
 
 
 def measure(stage: Stage) -> Iterator[Row]:
-    """Each read with a server that has just started."""
+    """Each read with a server that has just started, and fetches nothing by itself before it is asked."""
     image, count = stage.delayed, stage.effort.random_reads
     reads: dict[str, Callable[[Served], float]] = {
         f"sequential, {stage.effort.delayed} MiB": lambda server: copy(server).elapsed,
@@ -26,7 +26,7 @@ def measure(stage: Stage) -> Iterator[Row]:
                 pairs = [
                     (
                         _once(registry, link, NbdkitCurl(registry.url + image.path), read),
-                        _once(registry, link, Ours(registry.reference(image)), read),
+                        _once(registry, link, Ours(registry.reference(image), "--fill=off"), read),
                     )
                     for _ in range(stage.effort.runs)
                 ]

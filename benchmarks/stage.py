@@ -28,7 +28,7 @@ class Effort:
     """Read by many clients at once."""
 
 
-FULL = Effort(runs=5, stream=1024, delayed=64, random_reads=200, sparse=(1024, 8192), export=512)
+FULL = Effort(runs=5, stream=1024, delayed=64, random_reads=200, sparse=(1024, 8192), export=256)
 QUICK = Effort(runs=2, stream=256, delayed=16, random_reads=60, sparse=(128, 512), export=64)
 
 

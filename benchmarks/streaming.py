@@ -27,7 +27,7 @@ def measure(stage: Stage) -> Iterator[Row]:
             downloaded = stage.new("downloaded")
             taken["file"].append(curl(url, downloaded))
             downloaded.unlink()
-            with Ours(f"{server.authority}/{image.name}") as ours:
+            with Ours(f"{server.authority}/{image.name}", "--fill=off") as ours:
                 taken["cold"].append(copy(ours, *OPTIONS))
                 taken["cached"].append(copy(ours, *OPTIONS))
             with NbdkitCurl(url) as plugin:
