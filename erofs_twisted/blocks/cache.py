@@ -150,10 +150,10 @@ class CacheDirectory:
             self._not_before = self.reactor.seconds() + LOOK_SECONDS
         if full and not self._full:
             self._log.warn(
-                "the cache directory {path} is full ({limit}), and all of it is in use; what is read now is "
-                "not kept",
+                "the cache directory {path} is full ({limit}its disk has too little free space), and all of "
+                "it is in use; what is read now is not kept",
                 path=self.path,
-                limit="its disk nearly so" if self.limit is None else f"--cache-size is {self.limit} bytes",
+                limit="" if self.limit is None else f"--cache-size is {self.limit} bytes, or ",
             )
         elif self._full and not full:
             self._log.info("the cache directory {path} has room again", path=self.path)
