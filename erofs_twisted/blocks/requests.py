@@ -14,11 +14,14 @@ from twisted.logger import Logger
 
 from erofs_twisted.blocks.cache import CachedBlob
 from erofs_twisted.blocks.fetch import Fetch, Priority
+from erofs_twisted.blocks.link import KIB
 from erofs_twisted.blocks.queue import FetchQueue
 from erofs_twisted.blocks.readahead import ByteRange
 from erofs_twisted.errors import RangesIgnored, ReadError
 from erofs_twisted.interfaces import IBlobReader
 
+ALMOST = 64 * KIB
+"""Bytes that are waited for, though nobody wants them any more: to break off costs the connection."""
 OTHERS_PATIENCE = 2.0
 """Seconds without a new chunk after which another process that is to fetch some is waited for no longer."""
 FAR = 0.02
@@ -29,9 +32,8 @@ would come later is asked for once more."""
 class Requests:
     """The fetches of one blob.
 
-    ``arrived`` is told of chunks that are there now; if they could not be kept, it is given the first of a
-    run of chunks with all of them in it, and the run's bytes.
-    ``failed`` is told of chunks that do not come, and why, and if they were only a guess.
+    ``arrived`` is told of runs of chunks that are there now, and given their bytes if they could not be kept.
+    ``failed`` is told of runs that do not come, and why, and if they were only a guess.
     """
 
     _log = Logger()
@@ -42,8 +44,8 @@ class Requests:
         cached: CachedBlob,
         clock: IReactorTime,
         queue: FetchQueue,
-        arrived: Callable[[Sequence[int], tuple[int, Sequence[memoryview]] | None], None],
-        failed: Callable[[Sequence[int], ReadError, bool], None],
+        arrived: Callable[[int, int, Sequence[memoryview] | None], None],
+        failed: Callable[[int, int, ReadError, bool], None],
     ) -> None:
         self.bytes_fetched = 0
         """From the origin, in whole chunks."""
@@ -81,17 +83,20 @@ class Requests:
         """Is everything that is missing of the chunks [first, end) on its way?"""
         return next(self._unclaimed(first, end), None) is None
 
-    def withdraw(self, first: int, end: int, is_waited_for: Callable[[Sequence[int]], bool]) -> None:
-        """A reader of these chunks left: what comes for it alone is cancelled, unless it is almost there."""
+    def withdraw(self, first: int, end: int, waiting: Callable[[int, int], Sequence[object]]) -> None:
+        """A reader of these chunks left: what comes for it alone is cancelled, unless it is almost there.
+
+        ``waiting`` says who else waits for any of some chunks.
+        """
         fetches = dict.fromkeys(self._fetches[chunk] for chunk in range(first, end) if chunk in self._fetches)
         for fetch in fetches:
-            almost_there = fetch.started and fetch.remaining <= self._chunking.chunk_size
+            almost_there = fetch.started and fetch.remaining <= ALMOST
             if fetch.is_guess or fetch.whole or almost_there:
                 continue
-            coming = self._chunks_of(fetch)
-            if not is_waited_for(coming):
-                for chunk in coming:
-                    del self._fetches[chunk]
+            coming = self._runs_of(fetch)
+            if not any(waiting(*run) for run in coming):
+                for run in coming:
+                    self._settle(*run)
                 fetch.cancel()
 
     def close(self) -> None:
@@ -108,16 +113,16 @@ class Requests:
 
     def may_start(self, fetch: Fetch) -> bool:
         """See `erofs_twisted.blocks.fetch.FetchOwner`."""
-        wanted = self._chunks_of(fetch)
-        if not wanted:
+        runs = self._runs_of(fetch)
+        if not runs:
             fetch.cancel()
             return False
-        span = wanted[0], wanted[-1] + 1
+        span = runs[0][0], runs[-1][1]
         if self._cached.claim(*span):
             fetch.claim = span
         self._cached.refresh(*span)
-        if any(self._chunks.present(chunk, chunk + 1) for chunk in wanted):
-            self._take_found(fetch, wanted)
+        if any(list(self._chunks.runs_missing(*run)) != [run] for run in runs):
+            self._take_found(fetch, runs)
             return False
         if fetch.claim is not None:
             return True
@@ -128,22 +133,20 @@ class Requests:
 
     def chunks_fetched(self, fetch: Fetch, first: int, end: int, pieces: Sequence[memoryview]) -> None:
         """See `erofs_twisted.blocks.fetch.FetchOwner`."""
-        fetches = self._fetches
         length = self._chunking.start(end) - self._chunking.start(first)
         self.bytes_fetched += length
-        wanted = [chunk for chunk in range(first, end) if fetches.pop(chunk, None) is not None]
-        if not wanted:
+        if not self._settle(first, end):
             return  # another fetch was faster
         stored = self._cached.store(first, pieces)
         if not stored:
             self.bytes_unkept += length
-        self._arrived(wanted, None if stored else (first, pieces))
+        self._arrived(first, end, None if stored else pieces)
 
     def fetch_failed(self, fetch: Fetch, error: ReadError) -> None:
         """See `erofs_twisted.blocks.fetch.FetchOwner`."""
-        lost = self._chunks_of(fetch)
-        for chunk in lost:
-            del self._fetches[chunk]
+        lost = self._runs_of(fetch)
+        for run in lost:
+            self._settle(*run)
         if isinstance(error, RangesIgnored) and lost:
             self._fetch_whole(lost)
             self._queue.start()
@@ -156,7 +159,8 @@ class Requests:
             error=error,
             priority=fetch.priority.name,
         )
-        self._failed(lost, error, fetch.is_guess)
+        for run in lost:
+            self._failed(*run, error, fetch.is_guess)
         self._queue.start()
 
     def fetch_ended(self, fetch: Fetch) -> None:
@@ -205,7 +209,7 @@ class Requests:
 
     def _fetch(self, first: int, end: int, priority: Priority) -> None:
         if not self._takes_ranges:
-            self._fetch_whole(range(first, end))
+            self._fetch_whole([(first, end)])
             return
         newest = self._newest
         if newest is not None and newest.can_grow(first, priority) and self._are_short(newest.first, end):
@@ -221,7 +225,7 @@ class Requests:
         """Are the chunks [first, end) few enough for one request?"""
         return (end - first) << self._chunking.bits <= self._queue.link.longest
 
-    def _fetch_whole(self, wanted: Sequence[int]) -> None:
+    def _fetch_whole(self, wanted: Sequence[tuple[int, int]]) -> None:
         """From an origin that ignores ranges: all of the blob at once, for everything that is missing."""
         if self._takes_ranges:
             self._takes_ranges = False
@@ -229,28 +233,40 @@ class Requests:
                 "the origin of {digest} ignores ranges: the whole blob is fetched", digest=self._cached.digest
             )
         whole = self._whole
-        if whole is None or whole.ended or whole.first > min(wanted):
+        if whole is None or whole.ended or whole.first > min(wanted)[0]:
             count = self._chunking.count
             whole = Fetch(0, count, Priority.DEMAND, self, self._reader, self._chunking, whole=True)
             self._whole = whole
             for start, stop in self._unclaimed(0, count):
                 self._fetches.update(dict.fromkeys(range(start, stop), whole))
             self._queue.add(whole)
-        self._fetches.update(dict.fromkeys(wanted, whole))
+        for run in wanted:
+            self._fetches.update(dict.fromkeys(range(*run), whole))
 
-    def _take_found(self, fetch: Fetch, wanted: Sequence[int]) -> None:
+    def _take_found(self, fetch: Fetch, runs: Sequence[tuple[int, int]]) -> None:
         """Another process has brought some of the chunks that a fetch was for: the rest is fetched anew."""
         self._release(fetch)
         fetch.cancel()
-        for chunk in wanted:
-            del self._fetches[chunk]
-        for start, stop in _runs(chunk for chunk in wanted if not self._chunks.present(chunk, chunk + 1)):
-            self._fetch(start, stop, fetch.priority)
-        self._arrived([chunk for chunk in wanted if chunk not in self._fetches], None)
+        for run in runs:
+            self._settle(*run)
+        for run in runs:
+            for missing in list(self._chunks.runs_missing(*run)):
+                self._fetch(*missing, fetch.priority)
+        for run in runs:
+            for found in list(self._chunks.runs_present(*run)):
+                self._arrived(*found, None)
 
-    def _chunks_of(self, fetch: Fetch) -> list[int]:
+    def _settle(self, first: int, end: int) -> bool:
+        """The chunks [first, end) are to come no more; False if none was."""
+        fetches = self._fetches
+        coming = len(fetches)
+        for chunk in range(first, end):
+            fetches.pop(chunk, None)
+        return len(fetches) < coming
+
+    def _runs_of(self, fetch: Fetch) -> list[tuple[int, int]]:
         """What a fetch is still to bring; another one may have been started for a part of it."""
-        return [chunk for chunk in range(fetch.first, fetch.end) if self._fetches.get(chunk) is fetch]
+        return list(_runs(c for c in range(fetch.first, fetch.end) if self._fetches.get(c) is fetch))
 
     def _release(self, fetch: Fetch) -> None:
         if fetch.claim is not None:

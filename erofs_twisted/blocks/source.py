@@ -192,12 +192,11 @@ class BlobSource:
         self._requests.request(advice, first, end, priority)
         return waiter.done
 
-    def _arrived(self, chunks: Sequence[int], unkept: tuple[int, Sequence[memoryview]] | None) -> None:
-        """Chunks are there; or, if they could not be kept, this is a run's first one, and the run's bytes."""
-        waiters = self._waiters.pop(chunks)
+    def _arrived(self, first: int, end: int, unkept: Sequence[memoryview] | None) -> None:
+        """The chunks [first, end) are there; or, if they could not be kept, these are their bytes."""
+        waiters = self._waiters.arrived(first, end)
         if unkept is not None and waiters:
-            first, pieces = unkept
-            start, data = self._chunking.start(first), b"".join(pieces)
+            start, data = self._chunking.start(first), b"".join(unkept)
             for waiter in waiters:
                 if waiter.wants_bytes:
                     waiter.unkept.append((start, data))
@@ -211,9 +210,9 @@ class BlobSource:
             else:
                 self._give_up(waiter, error)
 
-    def _lost(self, chunks: Sequence[int], error: ReadError, was_guess: bool) -> None:
-        """Chunks do not come."""
-        for waiter in self._waiters.of(chunks):
+    def _lost(self, first: int, end: int, error: ReadError, was_guess: bool) -> None:
+        """The chunks [first, end) do not come."""
+        for waiter in self._waiters.of(first, end):
             if waiter.done.called:
                 continue
             if was_guess and waiter.wants_bytes and not self._closed:
@@ -226,7 +225,7 @@ class BlobSource:
     def _withdraw(self, waiter: Waiter) -> None:
         """A reader leaves."""
         self._waiters.remove(waiter)
-        self._requests.withdraw(waiter.first, waiter.end, self._waiters.any)
+        self._requests.withdraw(waiter.first, waiter.end, self._waiters.of)
 
     def _segments(self, waiter: Waiter) -> list[Segment]:
         position, end = waiter.offset, waiter.offset + waiter.length

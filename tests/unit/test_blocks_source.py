@@ -9,7 +9,7 @@ from typing import Any
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.trial.unittest import SynchronousTestCase
 
-from erofs_twisted.blocks import blobfile
+from erofs_twisted.blocks import blobfile, requests
 from erofs_twisted.blocks.queue import LIMIT, RESERVED
 from erofs_twisted.blocks.readahead import ByteRange
 from erofs_twisted.blocks.source import BlobSource
@@ -42,6 +42,7 @@ def joined(segments: list[Segment]) -> bytes:
 
 class SourceCase(SynchronousTestCase):
     def setUp(self) -> None:
+        self.patch(requests, "ALMOST", CHUNK)
         self.origin = ScriptedOrigin(DATA)
         self.readahead = Told()
         self.cached = open_cached(self.mktemp(), DATA, chunk_size=CHUNK)
