@@ -20,7 +20,7 @@ import attrs
 from benchmarks.machine import machine
 from benchmarks.profiling import profiling
 from benchmarks.stage import FULL, QUICK, Stage
-from benchmarks.table import Row, console, show
+from benchmarks.table import Row, console, markdown, show
 
 BENCHMARKS = (
     "links",
@@ -50,6 +50,7 @@ def main() -> None:
     parser.add_argument(
         "--profile", type=Path, metavar="DIR", help="profile our daemons; times are no figures then"
     )
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the table there")
     parser.add_argument("--directory", type=Path, help="on a disk with 20 GB free [$TMPDIR]")
     asked = parser.parse_args()
     unknown = set(asked.names) - set(BENCHMARKS)
@@ -83,6 +84,8 @@ def main() -> None:
         f"load average {busy:.1f} before, {os.getloadavg()[0]:.1f} after; {time.monotonic() - began:.0f} s\n"
     )
     met = show(rows)
+    if asked.markdown:
+        asked.markdown.write_text(markdown(rows))
     profiling.show()
     sys.exit(0 if met else 1)
 

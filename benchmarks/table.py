@@ -59,3 +59,13 @@ def show(rows: Sequence[Row]) -> bool:
     judged = sum(row.met is not None for row in rows)
     console.print(f"\n{judged - missed} of {judged} bars met")
     return not missed
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The table, for the manual."""
+    verdicts = {True: "met", False: "**missed**", None: ""}
+    lines = ["| what | measured | bar | | seconds, counts |", "| --- | --- | --- | --- | --- |"]
+    for row in rows:
+        cells = (row.what, row.measured, row.bar, verdicts[row.met], row.details)
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join([*lines, ""])
