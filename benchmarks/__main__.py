@@ -59,6 +59,9 @@ def main() -> None:
     if os.geteuid() != 0:
         sys.exit("mounting takes root")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    if asked.directory:
+        # The servers' own directories, with their caches, are made there too.
+        tempfile.tempdir = os.environ["TMPDIR"] = str(asked.directory.resolve())
     if asked.profile:
         asked.profile.mkdir(parents=True, exist_ok=True)
         profiling.directory = asked.profile.resolve()
@@ -68,7 +71,7 @@ def main() -> None:
     names = asked.names or [name for name in BENCHMARKS if not asked.quick or name not in NOT_QUICK]
     began, busy = time.monotonic(), os.getloadavg()[0]
     rows: list[Row] = []
-    with tempfile.TemporaryDirectory(prefix="benchmarks-", dir=asked.directory) as directory:
+    with tempfile.TemporaryDirectory(prefix="benchmarks-") as directory:
         stage = Stage(Path(directory), effort)
         for name in names:
             console.print(f"[dim]{time.monotonic() - began:5.0f} s  {name}[/dim]")
