@@ -24,9 +24,8 @@ ALMOST = 64 * KIB
 """Bytes that are waited for, though nobody wants them any more: to break off costs the connection."""
 OTHERS_PATIENCE = 2.0
 """Seconds without a new chunk after which another process that is to fetch some is waited for no longer."""
-FAR = 0.02
-"""Seconds that a reader waits in the middle of a guess under way, beyond twice what a new request takes; what
-would come later is asked for once more."""
+FAR = 0.1
+"""Seconds beyond those of a new request that a reader waits for what is on its way in a guess."""
 
 
 class Requests:
@@ -183,17 +182,20 @@ class Requests:
             chunk = fetch.end
 
     def _is_far(self, fetch: Fetch, chunk: int, end: int) -> bool:
-        """Are the chunks [chunk, end) better asked for once more than waited for in the middle of a guess?"""
+        """Are the chunks [chunk, end) better asked for once more than waited for in the middle of a guess?
+
+        Of the background, a reader waits for no more than it would for a request of its own. Other guesses
+        are likely to be wanted whole, so it takes more to add to what the link has to bring.
+        """
         before = fetch.before(chunk)
-        if fetch.priority is Priority.BACKGROUND:
-            return before > self._chunking.chunk_size
+        is_background = fetch.priority is Priority.BACKGROUND
         link, running = self._queue.link, self._queue.running
         wait, round_trip = link.seconds(before, running), link.round_trip
         length = self._chunking.start(end) - self._chunking.start(chunk)
         again = link.seconds(length, running + 1)
         if wait is None or again is None or round_trip is None:
-            return False
-        return wait > 2 * (round_trip + again) + FAR
+            return is_background and before > ALMOST
+        return wait > round_trip + again + (0.0 if is_background else FAR)
 
     def _unclaimed(self, first: int, end: int) -> Iterator[tuple[int, int]]:
         """The runs in [first, end) that are neither there nor to come. They may be claimed as they appear."""
