@@ -70,7 +70,7 @@ class Waiters:
         return waiters
 
     def of(self, first: int, end: int) -> list[Waiter]:
-        """Those who wait for any of the chunks [first, end), in the order in which they came."""
+        """Those who wait for any of the chunks [first, end), each once."""
         near: dict[Waiter, None] = {}
         for group in _groups(first, end):
             near.update(self._by_group.get(group, _NOBODY))

@@ -31,10 +31,10 @@ class WaitersTests(SynchronousTestCase):
                 del waits_for[waiter]
                 waiters.remove(waiter)
             elif what == "of":
-                self.assertEqual([w for w in waits_for if waits_for[w] & run], waiters.of(first, end))
+                self.assertEqual({w for w in waits_for if waits_for[w] & run}, set(waiters.of(first, end)))
             elif what == "arrived":
                 expected = [waiter for waiter in waits_for if waits_for[waiter] & run]
-                self.assertEqual(expected, waiters.arrived(first, end))
+                self.assertEqual(set(expected), set(waiters.arrived(first, end)))
                 for waiter in expected:
                     waits_for[waiter] -= run
                     self.assertEqual(bool(waits_for[waiter]), bool(waiter.missing))
