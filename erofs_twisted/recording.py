@@ -69,10 +69,11 @@ def record_command(
     files = TraceFiles(str(config.cache_dir))
     before = _identity(files.path(layer.digest))
     with ExitStack() as undo:
-        undo.enter_context(_interruptible())
+        signals = undo.enter_context(_Signals())
         # The command need not be root's: it may look at the mount, and at nothing else.
-        directory = tempfile.mkdtemp(prefix="erofs-nbd-trace-")
-        undo.callback(shutil.rmtree, directory, ignore_errors=True)
+        with signals.held():
+            directory = tempfile.mkdtemp(prefix="erofs-nbd-trace-")
+            undo.callback(shutil.rmtree, directory, ignore_errors=True)
         os.chmod(directory, 0o755)
         mountpoint = os.path.join(directory, "mnt")
         os.mkdir(mountpoint)
@@ -85,8 +86,9 @@ def record_command(
         journal = Journal(state_dir)
         # A pipe that it held open would end only with it, which may be later than with us.
         said = undo.enter_context(tempfile.TemporaryFile())
-        daemon = _start(arguments, config.credentials.password if config.credentials else None, said)
-        undo.callback(_end, daemon, mountpoint)
+        with signals.held():
+            daemon = _start(arguments, config.credentials.password if config.credentials else None, said)
+            undo.callback(_end, daemon, mountpoint)
 
         def check() -> None:
             if daemon.poll() is not None and journal.read(mountpoint) is None:
@@ -94,7 +96,7 @@ def record_command(
                 raise MountError(said.read().decode(errors="replace").strip() or "twistd ended at once")
 
         wait_until_ready(journal, mountpoint, timeout, check)
-        status = _run(command, mountpoint)
+        status = _run(command, mountpoint, signals)
     path = files.path(layer.digest)
     trace = files.load(layer.digest, layer.size)
     if trace is None or _identity(path) == before:
@@ -135,16 +137,19 @@ def _start(arguments: Sequence[str], password: str | None, said: IO[bytes]) -> s
     return daemon
 
 
-def _run(command: Sequence[str], mountpoint: str) -> int:
+def _run(command: Sequence[str], mountpoint: str, signals: _Signals) -> int:
     """Run the command with our own standard streams; its exit status, 128 and more for a signal."""
     words = [word.replace(PLACEHOLDER, mountpoint) for word in command]
+    process: subprocess.Popen[bytes] | None = None
     try:
-        process = subprocess.Popen(words, env={**os.environ, MOUNTPOINT_VARIABLE: mountpoint})
+        with signals.held():
+            process = subprocess.Popen(words, env={**os.environ, MOUNTPOINT_VARIABLE: mountpoint})
+        status = process.wait()
     except OSError as error:
         raise MountError(f"{words[0]}: {error.strerror}") from error
-    try:
-        status = process.wait()
     except Interrupted:
+        if process is None:
+            raise
         process.terminate()
         try:
             process.wait(PATIENCE)
@@ -170,23 +175,44 @@ def _end(daemon: subprocess.Popen[bytes], mountpoint: str) -> None:
     )
 
 
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """Within, signals raise `Interrupted`, once: what follows from that is not interrupted again."""
+class _Signals:
+    """Within, signals to end raise `Interrupted`, once: what follows from that is not interrupted again."""
 
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        for each in handlers:
-            signal.signal(each, signal.SIG_IGN)
-        raise Interrupted(f"interrupted by {signal.Signals(number).name}")
+    def __init__(self) -> None:
+        self._handlers: dict[signal.Signals, Any] = {}
+        self._held = False
+        self._came: signal.Signals | None = None
 
-    handlers: dict[signal.Signals, Any] = {
-        number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    }
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
+    def __enter__(self) -> _Signals:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            self._handlers[number] = signal.signal(number, self._take)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._handlers.items():
             signal.signal(number, handler)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Within, what is begun is also noted down, for a signal raises at the end."""
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
+        if self._came is not None:
+            self._interrupt(self._came)
+
+    def _take(self, number: int, frame: FrameType | None) -> None:
+        if self._held:
+            self._came = self._came or signal.Signals(number)
+        else:
+            self._interrupt(signal.Signals(number))
+
+    def _interrupt(self, number: signal.Signals) -> None:
+        for each in self._handlers:
+            signal.signal(each, signal.SIG_IGN)
+        raise Interrupted(f"interrupted by {number.name}")
 
 
 def _identity(path: str) -> tuple[int, int] | None:

@@ -117,6 +117,13 @@ def descendants(pid: int) -> set[int]:
     return {pid}.union(*map(descendants, children(pid)))
 
 
+def _command_line(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    except FileNotFoundError:
+        return "(ended)"
+
+
 def _children(pid: int | str) -> set[int]:
     listed = " ".join(path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children"))
     return set(map(int, listed.split()))
@@ -326,7 +333,8 @@ class DaemonTestCase(SynchronousTestCase):
         self.assertEqual([], [mount.path for mount in mounts() if mount.path.startswith(str(self.directory))])
         self.assertEqual(self._devices_before, nbd_devices_in_use())
         running = {daemon.pid for daemon in self._daemons if daemon not in ended}
-        self.assertEqual(set(), children() - self._children_before - running)
+        left = children() - self._children_before - running
+        self.assertEqual({}, {pid: _command_line(pid) for pid in left})
         self.assertEqual([], self._sockets())
         for daemon in ended:
             self.assertEqual([], _names(daemon.state_dir))
