@@ -6,6 +6,7 @@ registry that lets anyone in costs no extra round trip.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import attrs
@@ -16,8 +17,9 @@ from twisted.python.failure import Failure
 from erofs_twisted.registry.answers import status_error
 from erofs_twisted.registry.body import read_body
 from erofs_twisted.registry.challenge import Challenge, parse_challenges
-from erofs_twisted.registry.credentials import Credentials
+from erofs_twisted.registry.credentials import Credentials, Identity, RegistryToken
 from erofs_twisted.registry.errors import AccessDenied, InvalidHeader, RegistryError, TransferFailed
+from erofs_twisted.registry.keychain import Given, IKeychain
 from erofs_twisted.registry.shared import Shared
 from erofs_twisted.registry.tokens import Token, parse_token
 from erofs_twisted.registry.transport import Transport
@@ -42,7 +44,8 @@ class Authorizer:
     _transport: Transport
     _registry: Origin
     _scope: str
-    _credentials: Credentials | None = None
+    _keychain: IKeychain = attrs.field(factory=Given)
+    _held: Identity | None = attrs.field(init=False, default=None)
     _basic: str | None = attrs.field(init=False, default=None)
     _server: _TokenServer | None = attrs.field(init=False, default=None)
     _scopes: _SCOPES = attrs.field(init=False, default=())
@@ -56,7 +59,8 @@ class Authorizer:
 
     @property
     def has_credentials(self) -> bool:
-        return self._credentials is not None
+        """Were there any, when they were last needed?"""
+        return self._held is not None
 
     async def authorization(self) -> str | None:
         """The value of ``Authorization`` for a request now; None as long as the registry wants none.
@@ -82,13 +86,15 @@ class Authorizer:
         """
         if used != self._current():
             return  # another request was refused before this one, and what it learnt is yet to be tried
+        if isinstance(self._held, RegistryToken) and used == self._held.authorization():
+            self._keychain.refused(self._held)
         found = parse_challenges(challenges)
         by_scheme = {challenge.scheme: challenge for challenge in reversed(found)}
         if "bearer" in by_scheme:
             self._take_bearer(by_scheme["bearer"])
             await self._fetch.join()
         elif "basic" in by_scheme:
-            self._take_basic(used)
+            await self._take_basic(used)
         elif self._server is not None and not found:
             # 403 without a challenge: how some registries say that a token has expired.
             self._tokens.pop(self._scopes, None)
@@ -97,10 +103,23 @@ class Authorizer:
             offered = ", ".join(dict.fromkeys(challenge.scheme for challenge in found)) or "nothing"
             raise AccessDenied(f"the registry accepts {offered:.100}, of which none is basic or bearer")
 
+    async def has_newer(self, used: str | None) -> bool:
+        """The registry refused ``used`` without a challenge (some do so with a password that has expired).
+        Have name or password changed since then? If so, `authorization` gives the new ones."""
+        if used is None or used != self._basic or not isinstance(self._held, Credentials):
+            return used != self._current()
+        self._keychain.refused(self._held)
+        held = await self._ask_keychain()
+        if not isinstance(held, Credentials) or held.authorization() == used:
+            return False
+        self._basic = held.authorization()
+        return True
+
     def branch(self) -> Authorizer:
         """Another one that knows what this one knows now, for requests that may be refused: what it learns
         from that is its own, and what it doesn't have to learn costs nothing."""
-        twin = Authorizer(self._transport, self._registry, self._scope, self._credentials)
+        twin = Authorizer(self._transport, self._registry, self._scope, self._keychain)
+        twin._held = self._held
         twin._basic, twin._server, twin._scopes = self._basic, self._server, self._scopes
         twin._tokens = dict(self._tokens)
         return twin
@@ -118,12 +137,22 @@ class Authorizer:
         token = self._tokens.get(self._scopes)
         return None if token is None else f"Bearer {token.value}"
 
-    def _take_basic(self, used: str | None) -> None:
-        if self._credentials is None:
+    async def _ask_keychain(self) -> Identity | None:
+        self._held = await self._keychain.credentials()
+        return self._held
+
+    async def _take_basic(self, used: str | None) -> None:
+        held = await self._ask_keychain()
+        if isinstance(held, Credentials) and used == held.authorization():
+            self._keychain.refused(held)
+            held = await self._ask_keychain()
+        if held is None:
             raise AccessDenied(
                 "the registry wants a user's name and password: --username and --password-file"
             )
-        authorization = self._credentials.authorization()
+        if not isinstance(held, Credentials):
+            raise AccessDenied("the registry wants a user's name and password, and there is only a token")
+        authorization = held.authorization()
         if used == authorization:
             raise AccessDenied("the registry refuses this user name and password")
         self._server, self._basic = None, authorization
@@ -153,21 +182,37 @@ class Authorizer:
     async def _fetch_token(self) -> Token:
         server, scopes = self._server, self._scopes
         assert server is not None
+        held = await self._ask_keychain()
+        try:
+            token = await self._exchange(held, server, scopes)
+        except AccessDenied:
+            if held is None:
+                raise
+            self._keychain.refused(held)
+            newer = await self._ask_keychain()
+            if newer is None or newer == held:
+                raise
+            token = await self._exchange(newer, server, scopes)
+        self._tokens[scopes] = token
+        return token
+
+    async def _exchange(self, held: Identity | None, server: _TokenServer, scopes: _SCOPES) -> Token:
+        """The token that we get as who we are."""
+        if isinstance(held, RegistryToken):
+            return Token(held.value, math.inf, math.inf)
         parameters = [("scope", scope) for scope in scopes]
         if server.service:
             parameters.insert(0, ("service", server.service))
         url = with_parameters(server.realm, parameters)
         headers = {"Accept": "application/json"}
-        if self._credentials is not None:
-            headers["Authorization"] = self._credentials.authorization()
+        if isinstance(held, Credentials):
+            headers["Authorization"] = held.authorization()
         clock = self._transport.clock
         response = await self._transport.get(url, headers, ANSWER_SECONDS)
         if response.code != 200:
             raise self._refusal(await status_error(response, url, clock, ANSWER_SECONDS))
         body = await read_body(response, MAX_TOKEN_ANSWER, clock, ANSWER_SECONDS)
-        token = parse_token(body, clock.seconds())
-        self._tokens[scopes] = token
-        return token
+        return parse_token(body, clock.seconds())
 
     def _refusal(self, error: RegistryError) -> RegistryError:
         if isinstance(error, AccessDenied):

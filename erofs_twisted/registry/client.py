@@ -16,10 +16,10 @@ from erofs_twisted.interfaces import IImageStore
 from erofs_twisted.registry.auth import Authorizer
 from erofs_twisted.registry.blob import BlobReader
 from erofs_twisted.registry.body import discard, read_body
-from erofs_twisted.registry.credentials import Credentials
 from erofs_twisted.registry.digest import Digest
 from erofs_twisted.registry.documents import DocumentFiles
 from erofs_twisted.registry.errors import InvalidDigest, InvalidManifest, RegistryError, TransferFailed
+from erofs_twisted.registry.keychain import Given, IKeychain
 from erofs_twisted.registry.manifest import (
     ACCEPT,
     INDEX_TYPES,
@@ -58,7 +58,7 @@ class RegistryStore:
 
     _reference: ImageReference
     _transport: Transport
-    _credentials: Credentials | None = None
+    _keychain: IKeychain = attrs.field(factory=Given)
     _plain_http: bool = False
     _io_timeout: float = 120.0
     _documents: DocumentFiles | None = None
@@ -116,7 +116,7 @@ class RegistryStore:
         self._base = f"{root}/v2/{self._reference.repository}"
         origin = Origin.of(root)
         scope = f"repository:{self._reference.repository}:pull"
-        self._authorizer = Authorizer(self._transport, origin, scope, self._credentials)
+        self._authorizer = Authorizer(self._transport, origin, scope, self._keychain)
         self._session = Session(self._transport, origin, self._authorizer, self._plain_http)
 
     async def _resolve(self, platform: Platform) -> ResolvedImage:
@@ -190,7 +190,7 @@ class RegistryStore:
         check_content(self._reference, data, image.digest, None)
         subject = Descriptor(image.manifest.media_type, image.digest, len(data))
         scope = f"repository:{self._reference.repository}:pull,push"
-        authorizer = Authorizer(self._transport, self._session.origin, scope, self._credentials)
+        authorizer = Authorizer(self._transport, self._session.origin, scope, self._keychain)
         session = attrs.evolve(self._session, authorizer=authorizer)
         try:
             return await self._persist(lambda: push_referrer(session, self._base, subject, artifact))

@@ -35,8 +35,9 @@ def open_store(
     # treq and what it needs take a noticeable part of the start-up: only where there is a registry.
     from erofs_twisted.registry.client import RegistryStore
     from erofs_twisted.registry.documents import DocumentFiles
+    from erofs_twisted.registry.keychain import Given
     from erofs_twisted.registry.transport import Transport
 
     transport = Transport.over_sockets(reactor, trust_root)
     documents = None if cache_dir is None else DocumentFiles(reactor, pool, cache_dir)
-    return RegistryStore(reference, transport, credentials, plain_http, io_timeout, documents)
+    return RegistryStore(reference, transport, Given(credentials), plain_http, io_timeout, documents)

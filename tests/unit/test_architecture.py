@@ -68,6 +68,7 @@ FLOORS: dict[int, list[str]] = {
         "registry.client",
         "registry.documents",
         "registry.layout",
+        "registry.keychain",
         "registry.body",
         "registry.session",
         "registry.shared",

@@ -13,6 +13,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from erofs_twisted.registry.auth import Authorizer
 from erofs_twisted.registry.credentials import Credentials
 from erofs_twisted.registry.errors import AccessDenied, TransferFailed
+from erofs_twisted.registry.keychain import Given
 from erofs_twisted.registry.session import Answer, Session
 from erofs_twisted.registry.urls import Origin
 from tests.unit.fakehttp import FakeRequest, fake_transport
@@ -40,7 +41,7 @@ class AuthTests(SynchronousTestCase):
 
     def make_session(self, credentials: Credentials | None = None, registry: str = REGISTRY) -> Session:
         origin = Origin.of(registry)
-        self.authorizer = Authorizer(self.transport, origin, SCOPE, credentials)
+        self.authorizer = Authorizer(self.transport, origin, SCOPE, Given(credentials))
         self.session = Session(self.transport, origin, self.authorizer)
         return self.session
 

@@ -22,6 +22,7 @@ from erofs_twisted.registry.errors import (
     PlatformMissing,
     TransferFailed,
 )
+from erofs_twisted.registry.keychain import Given
 from erofs_twisted.registry.manifest import (
     MAX_MANIFEST,
     OCI_INDEX,
@@ -92,7 +93,7 @@ class ClientTests(SynchronousTestCase):
         reference = parse_reference(text)
         assert isinstance(reference, ImageReference)
         backoff = Backoff(random=lambda: 1.0)
-        return RegistryStore(reference, self.transport, credentials, plain_http, backoff=backoff)
+        return RegistryStore(reference, self.transport, Given(credentials), plain_http, backoff=backoff)
 
     def begin(self, text: str, **how: Any) -> Deferred[ResolvedImage]:
         return self.store(text, **how).resolve(AMD64)

@@ -12,6 +12,7 @@ from erofs_twisted.registry.client import RegistryStore
 from erofs_twisted.registry.credentials import Credentials
 from erofs_twisted.registry.digest import Digest
 from erofs_twisted.registry.errors import AccessDenied, DigestMismatch, InvalidManifest, RegistryError
+from erofs_twisted.registry.keychain import Given
 from erofs_twisted.registry.manifest import (
     OCI_INDEX,
     OCI_MANIFEST,
@@ -62,7 +63,7 @@ class ReferrersTestCase(SynchronousTestCase):
         reference = parse_reference("r.example/team/app:1")
         assert isinstance(reference, ImageReference)
         backoff = Backoff(random=lambda: 0.0)
-        return RegistryStore(reference, self.transport, credentials, backoff=backoff)
+        return RegistryStore(reference, self.transport, Given(credentials), backoff=backoff)
 
     def image(self) -> ResolvedImage:
         manifest = parse_manifest(MANIFEST)
@@ -283,7 +284,8 @@ class PushTests(ReferrersTestCase):
             error = str(self.failureResultOf(pushed, AccessDenied).value)
             self.assertIn("DENIED: as told", error)
             self.assertIn("--username and --password-file", error)
-        self.statuses = {"POST blobs": [403]}
+        self.wants = "repository:team/app:pull,push"
+        self.statuses = {"POST blobs": [403, 403]}
         pushed = self.store(Credentials("alice", "secret")).push_referrer(self.image(), THING)
         self.assertIn("may not push", str(self.failureResultOf(pushed, AccessDenied).value))
 
