@@ -112,8 +112,12 @@ class Readahead:
 
     def _neighbourhood(self, offset: int, end: int) -> list[ByteRange]:
         # Its bytes are to cost little beside the round trip that they save, if they do.
-        block = self.link.share(4, self.windows.neighbourhood, least=32 * KIB, most=MIB)
-        return self._cut(offset // block * block, -(-end // block) * block)
+        block = self.link.share(8, self.windows.neighbourhood, least=16 * KIB, most=MIB)
+        start = offset // block * block
+        if end > start + block:
+            # It touches two: what follows it is nearer to it than what goes before.
+            start, block = offset, max(block, end - offset)
+        return self._cut(start, start + block)
 
     def _extend(self, stream: Stream, start: int, window: int) -> list[ByteRange]:
         """From ``start`` to the window's end, which is aligned, so that requests are not ragged."""

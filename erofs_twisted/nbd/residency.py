@@ -5,8 +5,14 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+from time import monotonic
 
 PAGE = mmap.PAGESIZE
+AHEAD = 512 * 1024
+"""Bytes that are looked at at a time where reads follow each other."""
+KNOWN_SECONDS = 0.02
+"""How long what was seen so is believed. A page that leaves memory meanwhile is read by sendfile, as one would
+be that leaves it between a look and the sending."""
 MAP_FAILED = ctypes.c_void_p(-1).value
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -40,23 +46,38 @@ class Residency:
         self._size = 0
         self._pages = bytearray()
         self._vector = 0
+        self._known_from = self._known_to = 0
+        self._known_until = 0.0
+        self._asked_to = -1
         self._map()
 
     def covers(self, offset: int, length: int) -> bool:
         """Whether every page of [offset, offset + length) is in memory and can be read at once."""
         end = offset + length
+        if self._known_from <= offset and end <= self._known_to and monotonic() < self._known_until:
+            return True
         if end > self._size and not self._grown_to(end):
             return False
         start = offset - offset % PAGE
-        count = (end - start + PAGE - 1) // PAGE
+        stop = end
+        if offset == self._asked_to:  # reads follow each other: look further, for those to come
+            stop = min(max(end, start + AHEAD), self._size)
+        self._asked_to = end
+        count = (stop - start + PAGE - 1) // PAGE
         if count > len(self._pages):
             self._make_room(count)
-        if _mincore(self._address + start, end - start, self._vector):
+        if _mincore(self._address + start, stop - start, self._vector):
             return False
-        return self._pages.find(0, 0, count) < 0
+        missing = self._pages.find(0, 0, count)
+        known_to = stop if missing < 0 else start + missing * PAGE
+        if stop > end:
+            self._known_from, self._known_to = offset, known_to
+            self._known_until = monotonic() + KNOWN_SECONDS
+        return known_to >= end
 
     def close(self) -> None:
         """Give the mapping up. Idempotent."""
+        self._known_to = 0
         if self._address:
             _libc.munmap(self._address, self._size)
             self._address = self._size = 0

@@ -67,6 +67,29 @@ class ResidencyTests(SynchronousTestCase):
         self.assertTrue(self.residency.covers(SIZE, len(CONTENT)))
         self.assertFalse(self.residency.covers(SIZE, len(CONTENT) + 1))
 
+    def test_reads_that_follow_each_other_are_looked_at_together(self) -> None:
+        looked: list[int] = []
+        mincore = residency._mincore
+
+        def count(address: int, length: int, vector: int) -> int:
+            looked.append(length)
+            return mincore(address, length, vector)
+
+        self.patch(residency, "_mincore", count)
+        self.assertTrue(self.residency.covers(0, PAGE))
+        for page in range(1, len(CONTENT) // PAGE):
+            self.assertTrue(self.residency.covers(page * PAGE, PAGE))
+        self.assertFalse(self.residency.covers(len(CONTENT), PAGE), "there is a hole")
+        self.assertLessEqual(len(looked), 3)
+
+    def test_what_was_seen_is_not_believed_for_long(self) -> None:
+        self.patch(residency, "KNOWN_SECONDS", -1.0)
+        self.assertTrue(self.residency.covers(0, PAGE))
+        self.assertTrue(self.residency.covers(PAGE, PAGE))
+        os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.ftruncate(self.fd, 0)
+        self.assertFalse(self.residency.covers(2 * PAGE, PAGE))
+
     def test_an_empty_file_has_nothing(self) -> None:
         os.ftruncate(self.fd, 0)
         empty = Residency(self.fd)
