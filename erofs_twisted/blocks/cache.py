@@ -17,7 +17,7 @@ from twisted.logger import Logger
 
 from erofs_twisted.blocks.cached import CachedBlob, CorruptBlob
 from erofs_twisted.blocks.cachefiles import CacheError, CacheFiles
-from erofs_twisted.blocks.chunks import CHUNK_SIZE, Chunking
+from erofs_twisted.blocks.chunks import MAX_CHUNK_SIZE, Chunking, chunk_size_for
 from erofs_twisted.blocks.header import BlobIdentity
 from erofs_twisted.registry.digest import Digest
 
@@ -47,7 +47,7 @@ class CacheDirectory:
     reactor: Any
     pool: ThreadPool
     path: str
-    chunk_size: int = CHUNK_SIZE
+    chunk_size: int | None = None
     limit: int | None = None
     files: CacheFiles = attrs.field(init=False)
     _budget: int = attrs.field(init=False)
@@ -64,7 +64,7 @@ class CacheDirectory:
     def __attrs_post_init__(self) -> None:
         self.files = CacheFiles(self.path, self.limit)
         share = BUDGET if self.limit is None else self.limit // LIMIT_SHARE
-        self._budget = max(min(BUDGET, share), 4 * self.chunk_size)
+        self._budget = max(min(BUDGET, share), 4 * (self.chunk_size or MAX_CHUNK_SIZE))
 
     def open(self, digest: str, size: int) -> Deferred[CachedBlob]:
         """Open the blob's file, or make it.
@@ -101,7 +101,7 @@ class CacheDirectory:
         return deferToThreadPool(self.reactor, self.pool, function, *arguments, **named)
 
     async def _open(self, digest: str, size: int) -> CachedBlob:
-        identity = BlobIdentity(Digest.parse(digest), Chunking(size, self.chunk_size))
+        identity = BlobIdentity(Digest.parse(digest), Chunking(size, self.chunk_size or chunk_size_for(size)))
         path = self.files.path_of(identity.digest)
         opened = await self.in_thread(self.files.open, identity)
         if opened.damage:
@@ -145,7 +145,7 @@ class CacheDirectory:
             self._looking = False
         taken_meanwhile = max(left - self._left, 0)
         self._left = room - taken_meanwhile
-        full = room < min(max(refused, self.chunk_size), wanted)
+        full = room < min(max(refused, self.chunk_size or MAX_CHUNK_SIZE), wanted)
         if full:
             self._not_before = self.reactor.seconds() + LOOK_SECONDS
         if full and not self._full:

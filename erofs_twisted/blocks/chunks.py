@@ -8,6 +8,10 @@ from collections.abc import Iterator
 import attrs
 
 CHUNK_SIZE = 4 * 1024
+"""What a small blob is cut in: the blocks of its file system, for its metadata may lie scattered."""
+MAX_CHUNK_SIZE = 64 * 1024
+MANY_CHUNKS = 1 << 19
+"""Beyond these, chunks are larger, up to `MAX_CHUNK_SIZE`, so that the maps of large blobs stay small."""
 
 ABSENT = 0x00
 """A chunk's mark, one byte: it is not there."""
@@ -19,6 +23,14 @@ FRESH = 0x3A
 _VALUES = bytes((ABSENT, PRESENT))
 _FRESH_AS_PRESENT = bytes.maketrans(bytes((FRESH,)), bytes((PRESENT,)))
 _FRESH_AS_ABSENT = bytes.maketrans(bytes((FRESH,)), bytes((ABSENT,)))
+
+
+def chunk_size_for(size: int) -> int:
+    """Into what a blob of ``size`` bytes is best cut. Every process must find the same."""
+    chunk_size = CHUNK_SIZE
+    while chunk_size < MAX_CHUNK_SIZE and size > chunk_size * MANY_CHUNKS:
+        chunk_size *= 2
+    return chunk_size
 
 
 @attrs.frozen

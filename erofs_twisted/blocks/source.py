@@ -142,6 +142,11 @@ class BlobSource:
         return None
 
     @property
+    def chunk_size(self) -> int:
+        """Bytes that are the least to be fetched."""
+        return self._chunking.chunk_size
+
+    @property
     def link(self) -> Link:
         """What is known of the way to the blob's origin."""
         return self._queue.link

@@ -11,8 +11,8 @@ PAGE = mmap.PAGESIZE
 AHEAD = 512 * 1024
 """Bytes that are looked at at a time where reads follow each other."""
 KNOWN_SECONDS = 0.02
-"""How long what was seen so is believed. A page that leaves memory meanwhile is read by sendfile, as one would
-be that leaves it between a look and the sending."""
+"""How long what was seen so is believed. A page that leaves memory meanwhile is read by sendfile, as one is
+that leaves it between the look and the sending."""
 MAP_FAILED = ctypes.c_void_p(-1).value
 
 _libc = ctypes.CDLL(None, use_errno=True)

@@ -62,7 +62,8 @@ async def prefetch_metadata(
     """
     if not source.bytes_missing:
         return 0
-    return await MetadataPrefetch(source, superblock, clock, policy or MetadataPolicy()).run()
+    policy = policy or MetadataPolicy(granule=source.chunk_size)
+    return await MetadataPrefetch(source, superblock, clock, policy).run()
 
 
 def first_guess(superblock: Superblock, size: int, policy: MetadataPolicy) -> ByteRange:

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
-from erofs_twisted.blocks.chunks import ABSENT, FRESH, PRESENT, Chunking, ChunkMap, runs_of
+from erofs_twisted.blocks.chunks import ABSENT, FRESH, PRESENT, Chunking, ChunkMap, chunk_size_for, runs_of
 
 COUNT = 24
 CHUNKS = st.integers(0, COUNT)
@@ -26,6 +26,11 @@ def chunks_of(runs: list[tuple[int, int]]) -> list[int]:
 
 
 class ChunkingTests(SynchronousTestCase):
+    def test_large_blobs_are_cut_in_larger_chunks(self) -> None:
+        gib = 1 << 30
+        sizes = {0: 4, gib: 4, 2 * gib: 4, 2 * gib + 1: 8, 8 * gib: 16, 32 * gib: 64, 1024 * gib: 64}
+        self.assertEqual(sizes, {size: chunk_size_for(size) >> 10 for size in sizes})
+
     def test_the_last_chunk_is_what_is_left(self) -> None:
         chunking = Chunking(10, 4)
         self.assertEqual([4, 4, 2], [chunking.length(chunk) for chunk in range(chunking.count)])
