@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import attrs
 from twisted.internet.defer import Deferred
+from twisted.internet.defer import TimeoutError as TimedOut
 from twisted.internet.interfaces import IReactorTime
 from twisted.internet.task import deferLater
 from twisted.logger import Logger
@@ -14,9 +15,12 @@ from zope.interface import implementer
 
 from erofs_twisted.errors import RangesIgnored
 from erofs_twisted.interfaces import Delivery, IBlobReader
+from erofs_twisted.registry.answers import TEMPORARY
 from erofs_twisted.registry.body import Taker, abandon, discard, receive
+from erofs_twisted.registry.circuit import Turn
 from erofs_twisted.registry.contentrange import check_partial
-from erofs_twisted.registry.errors import BlobUnreadable, RegistryError, TransferFailed
+from erofs_twisted.registry.errors import BlobUnreadable, NotInRegistry, RegistryError, TransferFailed
+from erofs_twisted.registry.location import BlobLocation, Way
 from erofs_twisted.registry.manifest import Descriptor
 from erofs_twisted.registry.retry import Backoff
 from erofs_twisted.registry.session import Answer, Session
@@ -25,6 +29,9 @@ from erofs_twisted.registry.urls import redacted
 MIN_STALL, MAX_STALL = 1.0, 15.0
 """Seconds without a byte after which a request is made again: a quarter of the time there is, within these.
 (Twisted takes 0.3 s to say that a connection is refused.)"""
+
+MAX_DETOURS = 3
+"""URLs of a blob, one after the other, that may be refused before that is taken for an answer."""
 
 SLICED = 4 << 20
 """The largest blob of which a range is cut out as all of it goes by."""
@@ -40,10 +47,20 @@ class _Transfer:
     deliver: Delivery
     clock: IReactorTime
     progress_at: float
+    failures: int = 0
+    """Since the last progress, and apart from those that the circuit has us wait after."""
+    detours: int = 0
+    """URLs that were refused, though the registry gave them out, one after the other."""
+    error: RegistryError | None = None
+    """The last failure."""
 
     @property
     def is_complete(self) -> bool:
         return self.position == self.end
+
+    def remaining(self, io_timeout: float) -> float:
+        """The seconds that are left for progress."""
+        return self.progress_at + io_timeout - self.clock.seconds()
 
     def take(self, data: bytes) -> bool:
         """Of a body that is the rest of the range."""
@@ -93,8 +110,11 @@ class BlobReader:
     _backoff: Backoff
     _with_tls: Callable[[], tuple[Session, str]] | None = None
     """Gives session and URL for when a registry that was asked without TLS turns out to want it."""
-    _location: str | None = attrs.field(init=False, default=None)
+    _location: BlobLocation = attrs.field(init=False)
     _log = Logger()
+
+    def __attrs_post_init__(self) -> None:
+        self._location = BlobLocation(self._session.transport.clock)
 
     @property
     def digest(self) -> str:
@@ -114,45 +134,85 @@ class BlobReader:
     async def _read(self, offset: int, end: int, deliver: Delivery) -> None:
         clock = self._session.transport.clock
         transfer = _Transfer(offset, offset, end, deliver, clock, clock.seconds())
-        attempt = 0
         while not transfer.is_complete:
-            before = transfer.position
-            location = self._location
+            turn = await self._turn(transfer)
             try:
-                await self._attempt(transfer, location or self._url)
-            except RegistryError as error:
-                if transfer.position > before:
-                    attempt = 0
-                if location is not None:
-                    # The signed URL may have expired, or its server be down: ask the registry for another.
-                    self._location = None
-                if location is None or error.temporary:
-                    await self._pause(transfer, attempt, error)
-                    attempt += 1
+                error = await self._try(transfer, turn)
+            finally:
+                turn.leave()
+            if error is not None:
+                await self._pause(transfer, error)
 
-    async def _pause(self, transfer: _Transfer, attempt: int, error: RegistryError) -> None:
-        """Wait before the next attempt. Raises `BlobUnreadable` if none is worth making."""
-        clock = transfer.clock
-        remaining = transfer.progress_at + self._io_timeout - clock.seconds()
-        where = f"bytes {transfer.position} to {transfer.end} of {self.digest}"
-        if not error.temporary:
-            raise BlobUnreadable(f"{where} cannot be read: {error}") from error
-        if remaining <= 0:
-            raise BlobUnreadable(
-                f"{where} could not be read within {self._io_timeout:g} seconds: {error}"
-            ) from error
-        delay = self._backoff.delay(attempt, remaining, error.retry_after)
+    async def _try(self, transfer: _Transfer, turn: Turn) -> RegistryError | None:
+        """One attempt; why the next one is to wait a little, if it is. Raises `BlobUnreadable` if none is
+        worth making."""
+        before = transfer.position
+        way = await self._location.choose()
+        try:
+            await self._attempt(transfer, way, turn)
+            return None
+        except RegistryError as error:
+            if transfer.position > before:
+                transfer.failures = 0
+            elif self._location.lost(way):
+                # A signed URL may have expired, or its server be down: ask the registry for another. Or the
+                # registry gives out no new one yet, and the old one still serves.
+                transfer.detours += 1
+                is_at_once = way.url is None or not error.temporary
+                if is_at_once and transfer.detours <= MAX_DETOURS:
+                    return None
+            if not error.temporary:
+                turn.answered()
+                raise BlobUnreadable(f"{self._rest(transfer)} cannot be read: {error}") from error
+            remaining = transfer.remaining(self._io_timeout)
+            turn.failed(error, remaining, self._backoff)
+            if remaining <= 0:
+                raise self._given_up(transfer, error) from error
+            return error
+        finally:
+            self._location.settle(way)
+
+    async def _turn(self, transfer: _Transfer) -> Turn:
+        """Wait until the registry may be asked. Raises `BlobUnreadable` if there is no time for that."""
+        entering = Deferred.fromCoroutine(self._session.circuit.enter())
+        if not entering.called:
+            _ = entering.addTimeout(max(transfer.remaining(self._io_timeout), 0.0), transfer.clock)
+        try:
+            return await entering
+        except TimedOut as error:
+            raise self._given_up(transfer, transfer.error) from error
+
+    async def _pause(self, transfer: _Transfer, error: RegistryError) -> None:
+        """Wait before the next attempt, unless the registry is down for all: then a turn is waited for."""
+        transfer.error = error
+        where, reason = self._rest(transfer), str(error)
+        if self._session.circuit.is_open:
+            self._log.info("{where}: {reason}; waiting for the registry", where=where, reason=reason)
+            return
+        remaining = max(transfer.remaining(self._io_timeout), 0.0)
+        delay = self._backoff.delay(transfer.failures, remaining, error.retry_after)
+        transfer.failures += 1
         self._log.info(
-            "{where}: {reason}; trying again in {delay:.1f} s", where=where, reason=str(error), delay=delay
+            "{where}: {reason}; trying again in {delay:.1f} s", where=where, reason=reason, delay=delay
         )
-        await deferLater(clock, delay)
+        await deferLater(transfer.clock, delay)
 
-    async def _attempt(self, transfer: _Transfer, url: str) -> None:
+    def _rest(self, transfer: _Transfer) -> str:
+        return f"bytes {transfer.position} to {transfer.end} of {self.digest}"
+
+    def _given_up(self, transfer: _Transfer, error: RegistryError | None) -> BlobUnreadable:
+        reason = "the registry does not answer other reads" if error is None else str(error)
+        where = self._rest(transfer)
+        return BlobUnreadable(f"{where} could not be read within {self._io_timeout:g} seconds: {reason}")
+
+    async def _attempt(self, transfer: _Transfer, way: Way, turn: Turn) -> None:
         """One request for what is left of the range. Raises `RegistryError` unless all of it came, or there
         is another place to ask."""
         patience = max(MIN_STALL, min(MAX_STALL, self._io_timeout / 4))
         headers = {"Range": f"bytes={transfer.position}-{transfer.end - 1}"}
-        answer = await self._session.get(url, headers, patience)
+        answer = await self._session.get(way.url or self._url, headers, patience)
+        if answer.response.code not in TEMPORARY:
+            turn.answered()
         if answer.response.code == 400 and self._with_tls is not None and answer.url.startswith("http:"):
             await discard(answer.response, transfer.clock, patience)
             self._session, self._url = self._with_tls()
@@ -167,8 +227,8 @@ class BlobReader:
         except RangesIgnored:
             abandon(answer.response)
             raise
-        if answer.redirected:
-            self._location = answer.url
+        self._location.found(way, answer.url if answer.redirected else None)
+        transfer.detours = 0
         await receive(answer.response, take, transfer.clock, patience)
         if not transfer.is_complete:
             missing = transfer.end - transfer.position
@@ -189,6 +249,11 @@ class BlobReader:
     async def _refusal(self, answer: Answer, patience: float) -> RegistryError:
         lines = answer.response.headers.getRawHeaders("Content-Range", [])
         error = await self._session.refusal(answer, patience)
+        if isinstance(error, NotInRegistry):
+            return NotInRegistry(
+                f"{error} (the image's manifest names it, so it was deleted since: push the image again, or "
+                "mount the one that the tag stands for now)"
+            )
         if answer.response.code != 416 or not lines:
             return error
         return TransferFailed(f"{error} ({lines[0]:.60}, but the manifest says {self.size} bytes)")

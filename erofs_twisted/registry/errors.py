@@ -58,5 +58,9 @@ class TransferFailed(RegistryError):
     """A request was answered by an error or by something else than was asked for, or not at all."""
 
 
+class Unreachable(TransferFailed):
+    """No connection came about, so no request was made."""
+
+
 class BlobUnreadable(RegistryError, ReadError):
     """A range of a blob cannot be had, after all that could be tried."""

@@ -6,12 +6,12 @@ from OpenSSL.SSL import Error as TLSError
 from service_identity import VerificationError
 from twisted.internet.defer import CancelledError
 from twisted.internet.defer import TimeoutError as TimedOut
-from twisted.internet.error import ConnectError, ConnectingCancelledError, ConnectionClosed
+from twisted.internet.error import ConnectError, ConnectingCancelledError, ConnectionClosed, DNSLookupError
 from twisted.python.failure import Failure
 from twisted.web._newclient import RequestNotSent
 from twisted.web.client import RequestGenerationFailed, RequestTransmissionFailed, ResponseFailed
 
-from erofs_twisted.registry.errors import TransferFailed
+from erofs_twisted.registry.errors import TransferFailed, Unreachable
 from erofs_twisted.registry.urls import redacted
 
 NETWORK_FAILURES = (
@@ -45,7 +45,8 @@ def network_failure(error: BaseException, url: str) -> TransferFailed:
         elif "wrong version number" in reason or "packet length" in reason:
             text += "; if the registry speaks HTTP without TLS, say --plain-http"
         return TransferFailed(text)
-    return TransferFailed(f"{redacted(url)}: {describe(cause)}", temporary=True)
+    kind = Unreachable if isinstance(cause, ConnectError | DNSLookupError) else TransferFailed
+    return kind(f"{redacted(url)}: {describe(cause)}", temporary=True)
 
 
 def is_cancellation(error: BaseException) -> bool:

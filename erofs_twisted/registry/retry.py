@@ -15,7 +15,7 @@ class Backoff:
     """``attempt`` counts from 0 since the last progress; seconds everywhere."""
 
     first: float = 0.25
-    longest: float = 10.0
+    longest: float = 5.0
     random: Callable[[], float] = attrs.field(kw_only=True)
     """Uniform in [0, 1): `random.random`, or a fixed number in a test."""
 
@@ -30,6 +30,14 @@ class Backoff:
         if retry_after is None:
             return min(jittered, max(remaining, 0.0))
         return min(retry_after + jittered, max(remaining, 0.0) / 2)
+
+    def redial(self, remaining: float) -> float:
+        """How long to wait before a host that could not be connected to is tried again.
+
+        Always about the same: a connection that is refused costs nobody anything, and a host that is back
+        is to be found within a second.
+        """
+        return min(0.3 + 0.3 * self.random(), max(remaining, 0.0))
 
 
 def parse_retry_after(text: str, now: float) -> float | None:

@@ -10,7 +10,8 @@ from twisted.web.iweb import IResponse
 from erofs_twisted.registry.answers import status_error
 from erofs_twisted.registry.auth import Authorizer
 from erofs_twisted.registry.body import discard
-from erofs_twisted.registry.errors import AccessDenied, RegistryError, TransferFailed
+from erofs_twisted.registry.circuit import Circuit
+from erofs_twisted.registry.errors import AccessDenied, RegistryError, TransferFailed, Unreachable
 from erofs_twisted.registry.transport import Transport
 from erofs_twisted.registry.urls import Origin, redacted, resolve_location
 
@@ -37,6 +38,12 @@ class Session:
     origin: Origin
     _authorizer: Authorizer
     _plain_http: bool = False
+    circuit: Circuit = attrs.field(init=False)
+    """For who makes many requests for a long time: whether the registry answers at all."""
+
+    @circuit.default
+    def _new_circuit(self) -> Circuit:
+        return Circuit(self.transport.clock)
 
     async def get(self, url: str, headers: Mapping[str, str], seconds: float) -> Answer:
         """`request` with GET."""
@@ -54,10 +61,16 @@ class Session:
         start = url
         redirects = REDIRECTS if method == "GET" else VERBATIM_REDIRECTS
         for _ in range(MAX_REDIRECTS + 1):
-            if Origin.of(url) == self.origin:
-                response = await self._ask_registry(method, url, headers, seconds, body)
-            else:
-                response = await self.transport.request(method, url, headers, seconds, body)
+            try:
+                if Origin.of(url) == self.origin:
+                    response = await self._ask_registry(method, url, headers, seconds, body)
+                else:
+                    response = await self.transport.request(method, url, headers, seconds, body)
+            except Unreachable as error:
+                if url == start:
+                    raise
+                # The host that was asked has answered: it is another one that is away.
+                raise TransferFailed(str(error), temporary=True) from error
             if response.code not in redirects:
                 return Answer(response, url, url != start)
             await discard(response, self.transport.clock, seconds)

@@ -313,3 +313,10 @@ class LocationTests(BlobTests):
             self.assertNotIn("secret", self.refusal(self.read(0, 10)))
         self.cdn = lambda request: request.respond(206, b"", Content_Range="x")
         self.assertNotIn("secret", self.refusal(self.read(0, 10)))
+
+    def test_a_blob_that_is_gone_says_so_at_once_and_names_the_cure(self) -> None:
+        self.agent.answer = lambda request: request.respond(404)
+        error = self.refusal(self.read(0, 10))
+        self.assertIn("404", error)
+        self.assertIn("deleted since: push the image again", error)
+        self.assertEqual([URL], self.agent.urls)

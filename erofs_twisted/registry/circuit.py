@@ -1,0 +1,114 @@
+"""Whether a registry answers: where it doesn't, one request tries, and all others wait for what it finds."""
+
+from __future__ import annotations
+
+from collections import deque
+
+import attrs
+from twisted.internet.defer import Deferred
+from twisted.internet.interfaces import IDelayedCall, IReactorTime
+
+from erofs_twisted.registry.errors import RegistryError, Unreachable
+from erofs_twisted.registry.retry import Backoff
+
+SUSPICIOUS = 4
+"""Failures in a row, of whatever requests, after which the registry is taken to be down."""
+
+
+@attrs.define(eq=False)
+class Circuit:
+    """The way to one registry. It is open, as an electrician says, while the registry is taken to be down.
+
+    That is after one request that could not connect, or that was asked to come back later, or after a few
+    failures of any other kind in a row. One answer closes it, and then all who wait go on at once.
+    """
+
+    _clock: IReactorTime
+    _failures: int = attrs.field(init=False, default=0)
+    _opens_at: float | None = attrs.field(init=False, default=None)
+    """When the next request may try; None while the circuit is closed."""
+    _probe: Turn | None = attrs.field(init=False, default=None)
+    _waiting: deque[Deferred[Turn]] = attrs.field(init=False, factory=deque)
+    _timer: IDelayedCall | None = attrs.field(init=False, default=None)
+
+    @property
+    def is_open(self) -> bool:
+        return self._opens_at is not None
+
+    async def enter(self) -> Turn:
+        """Wait until a request may be made. Who was let in says what came of it, and leaves."""
+        if self._opens_at is None:
+            return Turn(self)
+        if self._probe is None and not self._waiting and self._clock.seconds() >= self._opens_at:
+            self._probe = Turn(self)
+            return self._probe
+        waiter: Deferred[Turn] = Deferred(self._leave)
+        self._waiting.append(waiter)
+        self._set_timer()
+        return await waiter
+
+    def _answered(self) -> None:
+        self._failures = 0
+        self._opens_at = self._probe = None
+        waiting, self._waiting = self._waiting, deque()
+        self._set_timer()
+        for waiter in waiting:
+            waiter.callback(Turn(self))
+
+    def _failed(self, turn: Turn, error: RegistryError, remaining: float, backoff: Backoff) -> None:
+        is_probe = turn is self._probe
+        if self.is_open and not is_probe:
+            return
+        self._failures += 1
+        is_plain = isinstance(error, Unreachable) or error.retry_after is not None
+        if not (is_probe or is_plain or self._failures >= SUSPICIOUS):
+            return
+        if isinstance(error, Unreachable):
+            delay = backoff.redial(remaining)
+        else:
+            delay = backoff.delay(self._failures - 1, remaining, error.retry_after)
+        self._opens_at = self._clock.seconds() + delay
+        self._probe = None
+        self._set_timer()
+
+    def _left(self, turn: Turn) -> None:
+        if turn is self._probe:
+            self._probe = None
+            self._set_timer()
+
+    def _leave(self, waiter: Deferred[Turn]) -> None:
+        self._waiting.remove(waiter)
+        self._set_timer()
+
+    def _set_timer(self) -> None:
+        """See to it that the next who waits is let in when it is time."""
+        timer, self._timer = self._timer, None
+        if timer is not None and timer.active():
+            timer.cancel()
+        if self._opens_at is not None and self._probe is None and self._waiting:
+            delay = max(self._opens_at - self._clock.seconds(), 0.0)
+            self._timer = self._clock.callLater(delay, self._let_in)
+
+    def _let_in(self) -> None:
+        self._timer = None
+        self._probe = Turn(self)
+        self._waiting.popleft().callback(self._probe)
+
+
+@attrs.define(eq=False)
+class Turn:
+    """Leave to make one request."""
+
+    _circuit: Circuit
+
+    def answered(self) -> None:
+        """The registry is there, whatever it said."""
+        self._circuit._answered()
+
+    def failed(self, error: RegistryError, remaining: float, backoff: Backoff) -> None:
+        """A temporary failure; ``remaining`` are the seconds that there are for other attempts."""
+        self._circuit._failed(self, error, remaining, backoff)
+
+    def leave(self) -> None:
+        """The request is over; if nothing was said of it, the next may try."""
+        self._circuit._left(self)

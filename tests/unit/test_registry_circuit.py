@@ -1,0 +1,277 @@
+"""A registry that is down is probed by one request; when it is back, all who wait go on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.error import ConnectionLost, ConnectionRefusedError
+from twisted.internet.task import Clock
+from twisted.trial.unittest import SynchronousTestCase
+
+from erofs_twisted.errors import ReadError
+from erofs_twisted.registry.circuit import SUSPICIOUS, Circuit, Turn
+from erofs_twisted.registry.errors import BlobUnreadable, TransferFailed, Unreachable
+from erofs_twisted.registry.retry import Backoff
+from tests.unit.fakehttp import FakeRequest
+from tests.unit.test_registry_blob import BLOB, URL, BlobTests
+
+BACKOFF = Backoff(random=lambda: 1.0)
+AWAY = Unreachable("refused", temporary=True)
+BUSY = TransferFailed("503", temporary=True)
+
+
+class CircuitTests(SynchronousTestCase):
+    def setUp(self) -> None:
+        self.clock = Clock()
+        self.circuit = Circuit(self.clock)
+
+    def enter(self) -> Deferred[Turn]:
+        return Deferred.fromCoroutine(self.circuit.enter())
+
+    def turn(self) -> Turn:
+        return self.successResultOf(self.enter())
+
+    def fail_one(self, error: TransferFailed, turn: Turn | None = None) -> None:
+        turn = turn or self.turn()
+        turn.failed(error, 100, BACKOFF)
+        turn.leave()
+
+    def test_while_it_is_closed_all_may_ask(self) -> None:
+        for _ in range(50):
+            self.turn()
+
+    def test_one_connection_that_is_refused_opens_it(self) -> None:
+        self.fail_one(AWAY)
+        self.assertTrue(self.circuit.is_open)
+        self.assertNoResult(self.enter())
+
+    def test_one_error_of_another_kind_does_not(self) -> None:
+        for _ in range(SUSPICIOUS - 1):
+            self.fail_one(BUSY)
+            self.assertFalse(self.circuit.is_open)
+        self.fail_one(BUSY)
+        self.assertTrue(self.circuit.is_open)
+
+    def test_an_answer_in_between_starts_the_count_anew(self) -> None:
+        for _ in range(10):
+            self.fail_one(BUSY)
+            self.turn().answered()
+        self.assertFalse(self.circuit.is_open)
+
+    def test_a_pause_that_is_asked_for_is_everybodys(self) -> None:
+        self.fail_one(TransferFailed("429", temporary=True, retry_after=20.0))
+        waiting = self.enter()
+        self.clock.advance(19.9)
+        self.assertNoResult(waiting)
+        self.clock.advance(0.4)
+        self.successResultOf(waiting)
+
+    def test_one_probes_while_the_others_wait(self) -> None:
+        self.fail_one(AWAY)
+        first, *others = [self.enter() for _ in range(5)]
+        self.clock.advance(1)
+        self.successResultOf(first)
+        self.clock.advance(100)
+        for other in others:
+            self.assertNoResult(other)
+
+    def test_when_the_probe_is_answered_all_go_on_at_once(self) -> None:
+        self.fail_one(AWAY)
+        first, *others = [self.enter() for _ in range(5)]
+        self.clock.advance(1)
+        self.successResultOf(first).answered()
+        for other in others:
+            self.successResultOf(other)
+        self.assertEqual([], self.clock.getDelayedCalls())
+
+    def test_when_the_probe_fails_the_next_in_line_probes_a_little_later(self) -> None:
+        self.fail_one(AWAY)
+        first, second, third = (self.enter() for _ in range(3))
+        self.clock.advance(1)
+        self.fail_one(AWAY, self.successResultOf(first))
+        self.assertNoResult(second)
+        self.clock.advance(1)
+        self.successResultOf(second)
+        self.assertNoResult(third)
+
+    def test_a_probe_that_leaves_makes_room_for_the_next(self) -> None:
+        self.fail_one(AWAY)
+        first, second = self.enter(), self.enter()
+        self.clock.advance(1)
+        self.successResultOf(first).leave()
+        self.clock.advance(0)
+        self.successResultOf(second)
+
+    def test_old_requests_that_fail_later_put_off_no_probe(self) -> None:
+        old = [self.turn() for _ in range(10)]
+        self.fail_one(AWAY)
+        waiting = self.enter()
+        self.clock.advance(0.5)
+        for turn in old:
+            self.fail_one(AWAY, turn)
+        self.clock.advance(0.2)
+        self.successResultOf(waiting)
+
+    def test_without_anybody_who_waits_nothing_happens(self) -> None:
+        self.fail_one(AWAY)
+        waiting = self.enter()
+        waiting.cancel()
+        self.failureResultOf(waiting, CancelledError)
+        self.assertEqual([], self.clock.getDelayedCalls())
+
+    def test_after_the_pause_a_new_request_may_probe_at_once(self) -> None:
+        self.fail_one(AWAY)
+        self.clock.advance(10)
+        self.turn()
+
+
+class CircuitMachine(RuleBasedStateMachine):
+    """Whatever happens in whatever order: one probe at most while it is open, and nobody is forgotten."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.clock = Clock()
+        self.circuit = Circuit(self.clock)
+        self.waiting: list[Deferred[Turn]] = []
+        self.turns: list[Turn] = []
+        self.let_in = 0
+        """While it is open."""
+
+    @rule()
+    def enter(self) -> None:
+        waiting: Deferred[Turn] = Deferred.fromCoroutine(self.circuit.enter())
+        self.waiting.append(waiting)
+        waiting.addCallback(self.entered, waiting).addErrback(lambda failure: failure.trap(CancelledError))
+
+    def entered(self, turn: Turn, waiting: Any) -> None:
+        self.turns.append(turn)
+
+    @precondition(lambda self: self.turns)
+    @rule(data=st.data(), error=st.sampled_from([None, AWAY, BUSY, "cancelled"]))
+    def end(self, data: Any, error: Any) -> None:
+        turn = self.turns.pop(data.draw(st.integers(0, len(self.turns) - 1)))
+        if error is None:
+            turn.answered()
+            assert not self.circuit.is_open
+            assert not self.unserved()
+        elif error != "cancelled":
+            turn.failed(error, 100, BACKOFF)
+        turn.leave()
+
+    @precondition(lambda self: self.unserved())
+    @rule(data=st.data())
+    def give_up(self, data: Any) -> None:
+        data.draw(st.sampled_from(self.unserved())).cancel()
+
+    @rule(seconds=st.floats(0, 3))
+    def wait(self, seconds: float) -> None:
+        self.clock.advance(seconds)
+
+    def unserved(self) -> list[Deferred[Turn]]:
+        return [each for each in self.waiting if not each.called]
+
+    @invariant()
+    def who_waits_has_somebody_who_will_wake_it(self) -> None:
+        if self.unserved():
+            assert self.circuit.is_open
+            assert (
+                len(self.clock.getDelayedCalls()) + any(turn is self.circuit._probe for turn in self.turns)
+                == 1
+            )
+        else:
+            assert not self.clock.getDelayedCalls()
+
+
+CircuitMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestCircuitMachine = CircuitMachine.TestCase
+
+
+class OutageTests(BlobTests):
+    """Many reads, and a registry that goes away."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.down: Any = None
+        """What its requests fail with; a status that it answers."""
+        self.seen = 0
+        """Requests that reached somebody."""
+        self.agent.answer = self.answer
+
+    def answer(self, request: FakeRequest) -> None:
+        down = self.down
+        if isinstance(down, Exception):
+            # Twisted takes so long to say so.
+            self.clock.callLater(0.3, lambda: request.answer.called or request.fail(down))
+            return
+        self.seen += 1
+        if self.down is None:
+            request.respond_range(BLOB)
+        else:
+            request.respond(self.down)
+
+    def outage(self, down: Any, seconds: float) -> list[Deferred[None]]:
+        self.successResultOf(self.read(0, 4))
+        self.down, self.seen, self.before = down, 0, len(self.agent.requests)
+        reads = [self.read(4 * number, 4) for number in range(32)]
+        self.clock.pump([0.05] * round(seconds / 0.05))
+        for done in reads:
+            self.assertNoResult(done)
+        return reads
+
+    def test_while_nobody_is_at_the_port_no_request_is_made_and_reads_go_on_within_a_second(self) -> None:
+        reads = self.outage(ConnectionRefusedError(), 30)
+        self.assertEqual(0, self.seen)
+        self.assertLess(len(self.agent.requests) - self.before, 32 + 40, "connections that were tried")
+        self.down = None
+        self.clock.pump([0.05] * 20)
+        for done in reads:
+            self.assertIsNone(self.successResultOf(done))
+
+    def test_while_it_answers_errors_it_is_asked_seldom(self) -> None:
+        reads = self.outage(503, 30)
+        # Those that were in flight when it went down, and a few until it was clear that it is.
+        self.assertLess(len(self.agent.requests) - self.before - 32, 20)
+        self.down = None
+        self.clock.pump([0.05] * 100)
+        for done in reads:
+            self.assertIsNone(self.successResultOf(done))
+
+    def test_a_read_that_waits_gives_up_in_its_time_and_says_why(self) -> None:
+        reads = self.outage(ConnectionRefusedError(), 30)
+        self.clock.pump([0.05] * 1500)
+        for done in reads:
+            error = self.failureResultOf(done, BlobUnreadable).value
+            self.assertIsInstance(error, ReadError)
+            self.assertIn("within 100 seconds", str(error))
+            self.assertIn("refused", str(error))
+        self.clock.pump([0.05] * 20)
+        self.assertEqual([], self.clock.getDelayedCalls())
+
+    def test_a_read_that_is_cancelled_leaves_the_others_their_turn(self) -> None:
+        first, *others = self.outage(ConnectionRefusedError(), 5)
+        first.cancel()
+        self.failureResultOf(first, CancelledError)
+        self.down = None
+        self.clock.pump([0.05] * 20)
+        for done in others:
+            self.successResultOf(done)
+
+    def test_a_body_that_breaks_off_with_progress_opens_nothing(self) -> None:
+        self.agent.answer = lambda request: None
+        done = self.read(0, 20)
+        for position in range(10):
+            request = self.agent.last
+            self.assertEqual(position, request.range[0])
+            response = request.respond(206, None, Content_Range=f"bytes {position}-19/{len(BLOB)}")
+            response.send(BLOB[position : position + 1])
+            response.break_off()
+            self.clock.advance(0.25)
+        self.agent.last.fail(ConnectionLost())
+        self.clock.advance(0.5)
+        self.agent.last.respond_range(BLOB)
+        self.successResultOf(done)
+        self.assertEqual({URL}, set(self.agent.urls))
