@@ -29,6 +29,15 @@ from erofs_twisted.state.journal import Journal
 from erofs_twisted.waiting import wait_until_ready
 
 IMAGE_OPTION_NAMES = tuple(option.name for option in IMAGE_OPTIONS)
+REGISTRY_OPTION_NAMES = (
+    "platform",
+    "username",
+    "password-file",
+    "auth-file",
+    "plain-http",
+    "oci",
+    "io-timeout",
+)
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -76,7 +85,7 @@ def commands() -> None:
 @commands.command()
 @click.argument("image")
 @click.option("--json", "as_json", is_flag=True, help="for programs")
-@takes("platform", "username", "password-file", "plain-http", "oci", "io-timeout")
+@takes(*REGISTRY_OPTION_NAMES)
 def inspect(image: str, as_json: bool, **options: Any) -> None:
     """Show what IMAGE is: its digest, its platforms, its layers, and which of them are EROFS."""
     from erofs_twisted.inspection import as_dict, resolve, show
@@ -168,7 +177,7 @@ def record(image: str, command: tuple[str, ...], timeout: float, **options: Any)
 @trace.command("show")
 @click.argument("image")
 @click.option("--json", "as_json", is_flag=True, help="for programs")
-@takes("platform", "layer", "username", "password-file", "plain-http", "oci", "cache-dir", "io-timeout")
+@takes(*REGISTRY_OPTION_NAMES, "layer", "cache-dir")
 def show_trace(image: str, as_json: bool, **options: Any) -> None:
     """Show the trace of IMAGE that a mount would use: the cache's, else the registry's."""
     from erofs_twisted.tracereport import as_dict, find, show
@@ -183,7 +192,7 @@ def show_trace(image: str, as_json: bool, **options: Any) -> None:
 
 @trace.command("push")
 @click.argument("image")
-@takes("platform", "layer", "username", "password-file", "plain-http", "oci", "cache-dir", "io-timeout")
+@takes(*REGISTRY_OPTION_NAMES, "layer", "cache-dir")
 def push_trace(image: str, **options: Any) -> None:
     """Push the trace in the cache to IMAGE's registry, as a referrer of its manifest; print its digest."""
     from erofs_twisted.tracereport import push

@@ -172,6 +172,7 @@ def store_of(reactor: Any, pool: ThreadPool, config: ImageConfig) -> IImageStore
         reactor,
         config.reference,
         credentials=config.credentials,
+        logins=config.logins,
         plain_http=config.plain_http,
         io_timeout=config.io_timeout,
         cache_dir=str(config.cache_dir),

@@ -20,6 +20,7 @@ from erofs_twisted.device.settings import NBDSettings
 from erofs_twisted.errors import ErofsTwistedError
 from erofs_twisted.mount.options import MountOptions
 from erofs_twisted.registry.credentials import Credentials
+from erofs_twisted.registry.dockerconfig import LoginFiles, parse_docker_config, standard_files
 from erofs_twisted.registry.platform import Platform
 from erofs_twisted.registry.reference import ImageReference, LayoutReference, parse_reference
 
@@ -29,6 +30,7 @@ Values = Mapping[str, str | bool | None]
 Read = TypeVar("Read")
 
 MAX_PASSWORD = 64 * 1024
+MAX_LOGIN_FILE = 1 << 20
 
 
 class OptionError(ErofsTwistedError):
@@ -54,6 +56,7 @@ IMAGE_OPTIONS = (
     Option("layer", "N", "only this layer, counted from 0 [all]"),
     Option("username", "NAME", "user at the registry; goes with --password-file"),
     Option("password-file", "PATH", "file that holds the password or token; - is standard input"),
+    Option("auth-file", "PATH", "Docker's config.json or Podman's auth.json [those that are there]"),
     Option("plain-http", None, "speak HTTP without TLS to the registry (loopback hosts: always)"),
     Option("oci", "KEY=VALUE,…", "platform=, layer=, username= and password= in one, as mkfs.erofs has it"),
     Option("cache-dir", "DIR", "where fetched blocks are kept [/var/cache/erofs-twisted]"),
@@ -97,6 +100,7 @@ OCI_KEYS = ("platform", "layer", "username", "password")
 class ImageConfig:
     """Which image, and how to get at it. ``layer`` None means all layers; ``io_timeout`` is in seconds.
 
+    ``credentials`` were given themselves; without them, ``logins`` says where they are.
     ``trace`` is 'auto', 'record' or 'off'; ``fill`` 'auto', 'off' or 'full'; ``cache_size`` in bytes and
     ``fill_rate`` in bytes a second, None for no limit.
     """
@@ -105,6 +109,7 @@ class ImageConfig:
     platform: Platform
     layer: int | None
     credentials: Credentials | None
+    logins: LoginFiles
     plain_http: bool
     cache_dir: Path
     cache_size: int | None
@@ -139,6 +144,7 @@ def read_image_config(image: str, values: Values) -> ImageConfig:
         platform=_given(values, "platform", Platform.parse, lambda: Platform.of_host(host.machine())),
         layer=_given(values, "layer", _whole_number, lambda: None),
         credentials=_credentials(values),
+        logins=_logins(values),
         plain_http=bool(values.get("plain-http")),
         cache_dir=_given(values, "cache-dir", _directory, default_cache_dir),
         cache_size=_given(values, "cache-size", _size, lambda: None),
@@ -241,6 +247,28 @@ def _credentials(values: Values) -> Credentials | None:
     if password is None:
         raise OptionError("password-file", f"is missing, though there is --username {username}; give both")
     return _read("username", str(username), lambda name: Credentials(name, str(password)))
+
+
+def _logins(values: Values) -> LoginFiles:
+    if values.get("auth-file") is None:
+        home = os.path.expanduser("~")
+        found = standard_files(os.environ, home if os.path.isabs(home) else "/", os.geteuid())
+        return attrs.evolve(found, paths=tuple(map(os.path.abspath, found.paths)))
+    if values.get("username") is not None:
+        raise OptionError("auth-file", "there is also a --username; give one of them")
+    return _read("auth-file", str(values["auth-file"]), _login_file)
+
+
+def _login_file(path: str) -> LoginFiles:
+    """One that the user has named must be there, and be right, before anything is begun."""
+    try:
+        with open(path, "rb") as file:
+            parse_docker_config(file.read(MAX_LOGIN_FILE))
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from error
+    except ErofsTwistedError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return LoginFiles((os.path.abspath(path),), is_named=True)
 
 
 def _password_in(path: str) -> str:

@@ -38,6 +38,7 @@ class Options(usage.Options):
             "cache-dir": usage.CompleteDirs(),
             "state-dir": usage.CompleteDirs(),
             "password-file": usage.CompleteFiles(),
+            "auth-file": usage.CompleteFiles(),
             "trace": usage.CompleteList(["auto", "record", "off"]),
             "attach": usage.CompleteList(["auto", "nbd", "fuse"]),
             "on-stop": usage.CompleteList(["wait", "lazy"]),

@@ -11,6 +11,7 @@ import attrs
 from erofs_twisted.registry.errors import AccessDenied
 
 _TOKEN = re.compile(r"[!-~]+")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def _hidden(_: object) -> str:
@@ -18,10 +19,9 @@ def _hidden(_: object) -> str:
 
 
 def _check_text(_: object, __: attrs.Attribute[str], value: str) -> None:
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise AccessDenied("a registry's user name and password are text, and this is none") from None
+    # Not by encoding it: the error would hold the value.
+    if _SURROGATE.search(value):
+        raise AccessDenied("a registry's user name and password are text, and this is none")
 
 
 def _check_token(_: object, __: attrs.Attribute[str], value: str) -> None:

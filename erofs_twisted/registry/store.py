@@ -8,6 +8,7 @@ from twisted.python.threadpool import ThreadPool
 
 from erofs_twisted.interfaces import IImageStore
 from erofs_twisted.registry.credentials import Credentials
+from erofs_twisted.registry.dockerconfig import LoginFiles
 from erofs_twisted.registry.reference import ImageReference, LayoutReference
 
 
@@ -17,6 +18,7 @@ def open_store(
     *,
     pool: ThreadPool,
     credentials: Credentials | None = None,
+    logins: LoginFiles | None = None,
     plain_http: bool = False,
     io_timeout: float = 120.0,
     cache_dir: str | None = None,
@@ -24,9 +26,10 @@ def open_store(
 ) -> IImageStore:
     """The `IImageStore` of ``reference``. Nothing is opened before it is used.
 
-    ``io_timeout`` is how many seconds a read of a registry's blob goes on without progress. ``trust_root``,
-    an IOpenSSLTrustRoot, stands for the platform's certificates. Below ``cache_dir`` a registry's manifests
-    are kept. Files are read in the threads of ``pool``.
+    ``credentials`` win over those in ``logins``. ``io_timeout`` is how many seconds a read of a registry's
+    blob goes on without progress. ``trust_root``, an IOpenSSLTrustRoot, stands for the platform's
+    certificates. Below ``cache_dir`` a registry's manifests are kept. Files are read in the threads of
+    ``pool``.
     """
     if isinstance(reference, LayoutReference):
         from erofs_twisted.registry.layout import LayoutStore
@@ -35,9 +38,14 @@ def open_store(
     # treq and what it needs take a noticeable part of the start-up: only where there is a registry.
     from erofs_twisted.registry.client import RegistryStore
     from erofs_twisted.registry.documents import DocumentFiles
-    from erofs_twisted.registry.keychain import Given
+    from erofs_twisted.registry.keychain import Given, IKeychain
     from erofs_twisted.registry.transport import Transport
 
     transport = Transport.over_sockets(reactor, trust_root)
     documents = None if cache_dir is None else DocumentFiles(reactor, pool, cache_dir)
-    return RegistryStore(reference, transport, Given(credentials), plain_http, io_timeout, documents)
+    keychain: IKeychain = Given(credentials)
+    if credentials is None and logins is not None:
+        from erofs_twisted.registry.logins import Logins
+
+        keychain = Logins(reactor, pool, logins, reference.registry, reference.repository)
+    return RegistryStore(reference, transport, keychain, plain_http, io_timeout, documents)

@@ -124,6 +124,19 @@ class GivenTests(OptionsTestCase):
         for choice in ("auto", "record", "off"):
             self.assertEqual(choice, parse(*IMAGE, *WHERE, "--trace", choice).config.image.trace)
 
+    def test_logins_are_looked_for_where_the_environment_and_the_home_say(self) -> None:
+        environ = {"DOCKER_CONFIG": "docker", "HOME": "/home/me", "PATH": "/bin"}
+        self.patch(os, "environ", environ)
+        logins = parse(*IMAGE, *WHERE).config.image.logins
+        self.assertFalse(logins.is_named)
+        self.assertEqual(os.path.abspath("docker/config.json"), logins.paths[0])
+        self.assertEqual("/home/me/.config/containers/auth.json", logins.paths[-1])
+
+    def test_logins_may_be_in_a_named_file(self) -> None:
+        file = self.secret_file('{"auths": {}}')
+        logins = parse(*IMAGE, *WHERE, "--auth-file", os.path.relpath(file)).config.image.logins
+        self.assertEqual((True, (os.path.abspath(file),)), (logins.is_named, logins.paths))
+
     def test_the_shorthand_means_what_its_options_mean(self) -> None:
         config = parse(
             *IMAGE, *WHERE, "--oci=platform=linux/arm/v7,layer=3,username=me,password=a=b"
@@ -133,6 +146,24 @@ class GivenTests(OptionsTestCase):
 
 
 class RefusedTests(OptionsTestCase):
+    def test_a_named_file_of_logins_has_to_be_one(self) -> None:
+        for path, said in (
+            ("/nonexistent/auth.json", "/nonexistent/auth.json: No such file"),
+            (self.secret_file('{"auths": "hush"}'), "auths and credHelpers are objects"),
+            (self.secret_file("hush"), "it is not a JSON object"),
+            ("/", "/: Is a directory"),
+        ):
+            error = self.assertRaises(usage.UsageError, parse, *IMAGE, *WHERE, "--auth-file", path)
+            self.assertTrue(str(error).startswith("--auth-file: "), error)
+            self.assertIn(said, str(error))
+            self.assertNotIn("hush", str(error))
+
+    def test_a_user_and_a_file_of_logins_are_one_too_many(self) -> None:
+        who = ("--username", "me", "--password-file", self.secret_file("x"))
+        file = ("--auth-file", self.secret_file("{}"))
+        error = self.assertRaises(usage.UsageError, parse, *IMAGE, *WHERE, *who, *file)
+        self.assertEqual("--auth-file: there is also a --username; give one of them", str(error))
+
     def test_an_image_and_a_mount_point_are_needed(self) -> None:
         for arguments, missing in ((IMAGE, "--mountpoint"), (WHERE, "--image")):
             error = self.assertRaises(usage.UsageError, parse, *arguments)
