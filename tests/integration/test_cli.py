@@ -21,7 +21,7 @@ from tests.images import EROFS
 from tests.scenery import GZIPPED_TAR, scenery
 from tests.servers import tool
 
-LOOKING = {"plain-http", "platform", "username", "password-file", "oci", "io-timeout"}
+LOOKING = {"plain-http", "platform", "username", "password-file", "auth-file", "oci", "io-timeout"}
 """The options of ``inspect``."""
 
 
@@ -207,6 +207,7 @@ WRONG = {
     "layer": ["-1", "one", ""],
     "username": ["alice"],
     "password-file": ["/nowhere/password", ""],
+    "auth-file": ["/nowhere/auth.json", "/", ""],
     "oci": ["colour=red", "layer=", "layer=0,layer=1", "layer"],
     "io-timeout": ["0", "soon", "-1", "nan", "inf"],
     "options": ["rw", "dev", ""],
