@@ -43,8 +43,10 @@ class Fault:
     """What happens to requests of one ``kind``, ``manifests``, ``blobs`` or ``referrers``, or of all.
 
     ``status`` is answered instead of the content; with ``stall`` nothing is, ever; after ``cut_after`` bytes
-    of a body the connection ends; with ``tamper`` the body is another, of the same length. ``times`` is how
-    many requests it hits, None all. The first fault that fits is taken.
+    of a body the connection ends; with ``tamper`` the body is another, of the same length. ``shift`` is added
+    to what a partial answer says where it begins, ``surplus`` bytes follow its body, and with ``whole`` there
+    is none, but all of the content. ``times`` is how many requests it hits, None all. The first fault that
+    fits is taken.
     """
 
     kind: str = ""
@@ -52,6 +54,9 @@ class Fault:
     stall: bool = False
     cut_after: int | None = None
     tamper: bool = False
+    shift: int = 0
+    surplus: int = 0
+    whole: bool = False
     times: int | None = None
 
 
@@ -110,11 +115,12 @@ class Registry(Resource):
             media_type = json.loads(body)["mediaType"]
         request.setHeader("Content-Type", media_type)
         span = RANGE.fullmatch(asked or "")
-        if span:
+        if span and not fault.whole:
             start, stop = int(span[1]), min(int(span[2]) + 1, len(body))
             request.setResponseCode(206)
-            request.setHeader("Content-Range", f"bytes {start}-{stop - 1}/{len(body)}")
-            body = body[start:stop]
+            said, end = start + fault.shift, stop - 1 + fault.shift
+            request.setHeader("Content-Range", f"bytes {said}-{end}/{len(body)}")
+            body = body[start:stop] + bytes(fault.surplus)
         if fault.tamper:
             body = body[:-1] + bytes([body[-1] ^ 1])
         request.setHeader("Content-Length", str(len(body)))
