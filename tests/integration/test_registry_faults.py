@@ -1,4 +1,4 @@
-"""What a registry may do wrong to a blob, seen by an NBD client: right bytes or an error, and nothing kept."""
+"""What a registry may do wrong to a blob: a client gets right bytes or an error, and none of it is kept."""
 
 from __future__ import annotations
 
