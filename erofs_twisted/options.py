@@ -261,6 +261,8 @@ def _logins(values: Values) -> LoginFiles:
 
 def _login_file(path: str) -> LoginFiles:
     """One that the user has named must be there, and be right, before anything is begun."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError(f"{path}: not a file, which could be read again when it changes")
     try:
         with open(path, "rb") as file:
             parse_docker_config(file.read(MAX_LOGIN_FILE))

@@ -40,7 +40,7 @@ async def ask_helper(reactor: Any, name: str, server: str, patience: float = PAT
     Raises `HelperFailed`. Cancelled, or out of time, it ends the program.
     """
     program = f"docker-credential-{name}"
-    path = shutil.which(program, path=f"{os.environ.get('PATH', '')}:{PATH}")
+    path = _find(program)
     if path is None:
         raise HelperFailed(program, "is not in $PATH; install it, or put it there")
     helper = _Helper(server)
@@ -63,6 +63,12 @@ async def ask_helper(reactor: Any, name: str, server: str, patience: float = PAT
         return parse_helper_answer(helper.output)
     except InvalidDockerConfig as error:
         raise HelperFailed(program, f"gave an answer that is none: {error}") from error
+
+
+def _find(program: str) -> str | None:
+    """Not below the current directory, whatever $PATH says: that may be anybody's."""
+    directories = f"{os.environ.get('PATH', '')}:{PATH}".split(":")
+    return shutil.which(program, path=":".join(filter(os.path.isabs, directories)))
 
 
 class _Helper(ProcessProtocol):

@@ -151,7 +151,7 @@ class RefusedTests(OptionsTestCase):
             ("/nonexistent/auth.json", "/nonexistent/auth.json: No such file"),
             (self.secret_file('{"auths": "hush"}'), "auths and credHelpers are objects"),
             (self.secret_file("hush"), "it is not a JSON object"),
-            ("/", "/: Is a directory"),
+            ("/dev/null", "/dev/null: not a file"),
         ):
             error = self.assertRaises(usage.UsageError, parse, *IMAGE, *WHERE, "--auth-file", path)
             self.assertTrue(str(error).startswith("--auth-file: "), error)

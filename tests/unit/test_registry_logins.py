@@ -324,6 +324,14 @@ class HelperTests(LoginsTests):
         self.assertEqual(BOB, self.found())
         self.assertIn("docker-credential-missing is not in $PATH", self.warnings()[0])
 
+    def test_one_in_the_current_directory_is_not_run(self) -> None:
+        self.patch(os, "environ", {"PATH": ".::bin"})
+        before = os.getcwd()
+        os.chdir(self.directory)
+        self.addCleanup(os.chdir, before)
+        self.assertEqual(BOB, self.found())
+        self.assertEqual([], self.reactor.runs)
+
     def test_one_that_hangs_is_ended(self) -> None:
         asked, run = self.asked()
         self.reactor.advance(PATIENCE)
