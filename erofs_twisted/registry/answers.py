@@ -44,10 +44,14 @@ async def _what_it_says(response: IResponse, clock: IReactorTime, seconds: float
 
 
 def errors_text(body: bytes) -> str:
-    """A registry's ``errors`` in one line, or '' (distribution specification, "Error Codes")."""
+    """A registry's ``errors`` in one line (distribution specification, "Error Codes"), or a token server's
+    ``error`` (RFC 6749, section 5.2); '' where there is neither."""
     try:
-        errors = json.loads(body)["errors"]
-        pairs = [(error.get("code"), error.get("message")) for error in errors]
+        answer = json.loads(body)
+        if isinstance(answer.get("error"), str):
+            pairs = [(answer["error"], answer.get("error_description"))]
+        else:
+            pairs = [(error.get("code"), error.get("message")) for error in answer["errors"]]
     except (ValueError, RecursionError, TypeError, KeyError, AttributeError):
         return ""
     return _printable("; ".join(": ".join(str(part) for part in pair if part) for pair in pairs))

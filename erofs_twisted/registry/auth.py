@@ -6,7 +6,6 @@ registry that lets anyone in costs no extra round trip.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 
 import attrs
@@ -14,27 +13,16 @@ from twisted.internet.defer import CancelledError, Deferred
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from erofs_twisted.registry.answers import status_error
-from erofs_twisted.registry.body import read_body
 from erofs_twisted.registry.challenge import Challenge, parse_challenges
 from erofs_twisted.registry.credentials import Credentials, Identity, RegistryToken
-from erofs_twisted.registry.errors import AccessDenied, InvalidHeader, RegistryError, TransferFailed
+from erofs_twisted.registry.errors import AccessDenied
 from erofs_twisted.registry.keychain import Given, IKeychain
+from erofs_twisted.registry.realm import check_realm
 from erofs_twisted.registry.shared import Shared
-from erofs_twisted.registry.tokens import Token, parse_token
+from erofs_twisted.registry.tokens import Token
+from erofs_twisted.registry.tokenserver import Scopes, TokenServer
 from erofs_twisted.registry.transport import Transport
-from erofs_twisted.registry.urls import Origin, redacted, with_parameters
-
-MAX_TOKEN_ANSWER = 64 * 1024
-ANSWER_SECONDS = 15.0
-
-_SCOPES = tuple[str, ...]
-
-
-@attrs.frozen
-class _TokenServer:
-    realm: str
-    service: str
+from erofs_twisted.registry.urls import Origin
 
 
 @attrs.define(eq=False)
@@ -47,9 +35,9 @@ class Authorizer:
     _keychain: IKeychain = attrs.field(factory=Given)
     _held: Identity | None = attrs.field(init=False, default=None)
     _basic: str | None = attrs.field(init=False, default=None)
-    _server: _TokenServer | None = attrs.field(init=False, default=None)
-    _scopes: _SCOPES = attrs.field(init=False, default=())
-    _tokens: dict[_SCOPES, Token] = attrs.field(init=False, factory=dict)
+    _server: TokenServer | None = attrs.field(init=False, default=None)
+    _scopes: Scopes = attrs.field(init=False, default=())
+    _tokens: dict[Scopes, Token] = attrs.field(init=False, factory=dict)
     _fetch: Shared[Token] = attrs.field(init=False)
     _refresh: Deferred[Token | None] | None = attrs.field(init=False, default=None)
     _log = Logger()
@@ -75,7 +63,7 @@ class Authorizer:
         if token is None or now >= token.expires_at:
             token = await self._fetch.join()
         elif now >= token.refresh_at and not self._fetch.is_running:
-            self._refresh = self._fetch.join().addErrback(self._refresh_failed)
+            self._refresh = self._fetch.join().addErrback(self._refresh_failed, self._scopes)
         return f"Bearer {token.value}"
 
     async def renew(self, challenges: Iterable[str], used: str | None) -> None:
@@ -159,32 +147,21 @@ class Authorizer:
 
     def _take_bearer(self, challenge: Challenge) -> None:
         realm = challenge.parameters.get("realm", "")
-        self._check_realm(realm)
-        self._server = _TokenServer(realm, challenge.parameters.get("service", ""))
+        check_realm(realm, self._registry)
+        service = challenge.parameters.get("service", "")
+        if self._server is None or (self._server.realm, self._server.service) != (realm, service):
+            self._server = TokenServer(self._transport, realm, service)
         # New scopes first: some servers read only the first. A scope that was granted before stays wanted.
         wanted = [challenge.parameters.get("scope", ""), *self._scopes]
         self._scopes = tuple(dict.fromkeys(filter(None, wanted))) or (self._scope,)
         self._tokens.pop(self._scopes, None)
-
-    def _check_realm(self, realm: str) -> None:
-        """A registry chooses where the credentials are sent: not in the clear, unless it itself is."""
-        try:
-            origin = Origin.of(realm)
-        except InvalidHeader as error:
-            raise AccessDenied(f"the registry's token server: {error}") from error
-        if origin.scheme != "https" and self._registry.scheme == "https":
-            raise AccessDenied(
-                f"the registry's token server {redacted(realm)} is not https, which is refused"
-            )
-        if origin.is_link_local:
-            raise AccessDenied(f"the registry's token server {redacted(realm)} is on a link-local address")
 
     async def _fetch_token(self) -> Token:
         server, scopes = self._server, self._scopes
         assert server is not None
         held = await self._ask_keychain()
         try:
-            token = await self._exchange(held, server, scopes)
+            token = await server.exchange(held, scopes)
         except AccessDenied:
             if held is None:
                 raise
@@ -192,36 +169,14 @@ class Authorizer:
             newer = await self._ask_keychain()
             if newer is None or newer == held:
                 raise
-            token = await self._exchange(newer, server, scopes)
+            token = await server.exchange(newer, scopes)
         self._tokens[scopes] = token
         return token
 
-    async def _exchange(self, held: Identity | None, server: _TokenServer, scopes: _SCOPES) -> Token:
-        """The token that we get as who we are."""
-        if isinstance(held, RegistryToken):
-            return Token(held.value, math.inf, math.inf)
-        parameters = [("scope", scope) for scope in scopes]
-        if server.service:
-            parameters.insert(0, ("service", server.service))
-        url = with_parameters(server.realm, parameters)
-        headers = {"Accept": "application/json"}
-        if isinstance(held, Credentials):
-            headers["Authorization"] = held.authorization()
-        clock = self._transport.clock
-        response = await self._transport.get(url, headers, ANSWER_SECONDS)
-        if response.code != 200:
-            raise self._refusal(await status_error(response, url, clock, ANSWER_SECONDS))
-        body = await read_body(response, MAX_TOKEN_ANSWER, clock, ANSWER_SECONDS)
-        return parse_token(body, clock.seconds())
-
-    def _refusal(self, error: RegistryError) -> RegistryError:
-        if isinstance(error, AccessDenied):
-            what = "refuses this user name and password" if self.has_credentials else "wants credentials"
-            cure = "" if self.has_credentials else " (--username and --password-file)"
-            return AccessDenied(f"the token server {what}{cure}: {error}")
-        return TransferFailed(f"no token: {error}", temporary=error.temporary, retry_after=error.retry_after)
-
-    def _refresh_failed(self, failure: Failure) -> None:
+    def _refresh_failed(self, failure: Failure, scopes: Scopes) -> None:
         # The old token still serves; who needs the new one asks again and gets the error.
+        token = self._tokens.get(scopes)
+        if token is not None:
+            self._tokens[scopes] = token.spared(self._transport.clock.seconds())
         if not failure.check(CancelledError):
             self._log.info("refreshing a token failed: {reason}", reason=failure.getErrorMessage())

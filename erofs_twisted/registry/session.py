@@ -5,13 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import attrs
+from twisted.logger import Logger
 from twisted.web.iweb import IResponse
 
 from erofs_twisted.registry.answers import status_error
 from erofs_twisted.registry.auth import Authorizer
 from erofs_twisted.registry.body import discard
+from erofs_twisted.registry.challenge import parse_challenges
 from erofs_twisted.registry.circuit import Circuit
-from erofs_twisted.registry.errors import AccessDenied, RegistryError, TransferFailed, Unreachable
+from erofs_twisted.registry.errors import (
+    AccessDenied,
+    InvalidHeader,
+    RegistryError,
+    TransferFailed,
+    Unreachable,
+)
+from erofs_twisted.registry.notices import Notices
 from erofs_twisted.registry.transport import Transport
 from erofs_twisted.registry.urls import Origin, redacted, resolve_location
 
@@ -38,12 +47,15 @@ class Session:
     origin: Origin
     _authorizer: Authorizer
     _plain_http: bool = False
+    _notices: Notices = attrs.field(factory=Notices)
     circuit: Circuit = attrs.field(init=False)
     """For who makes many requests for a long time: whether the registry answers at all."""
 
     @circuit.default
     def _new_circuit(self) -> Circuit:
         return Circuit(self.transport.clock)
+
+    _log = Logger()
 
     async def get(self, url: str, headers: Mapping[str, str], seconds: float) -> Answer:
         """`request` with GET."""
@@ -64,6 +76,7 @@ class Session:
             try:
                 if Origin.of(url) == self.origin:
                     response = await self._ask_registry(method, url, headers, seconds, body)
+                    self._pass_on(response)
                 else:
                     response = await self.transport.request(method, url, headers, seconds, body)
             except Unreachable as error:
@@ -106,9 +119,15 @@ class Session:
         error = await status_error(answer.response, answer.url, self.transport.clock, seconds)
         if not isinstance(error, AccessDenied) or Origin.of(answer.url) != self.origin:
             return error
+        if scope := _scope_wanted(answer.response):
+            return AccessDenied(f"{error} (this user's token does not reach as far as {scope!r:.200})")
         if self._authorizer.has_credentials:
             return AccessDenied(f"{error} (wrong user name or password, or not this user's image)")
         return AccessDenied(f"{error} (does the image exist? is it private: --username and --password-file)")
+
+    def _pass_on(self, response: IResponse) -> None:
+        for text in self._notices.new(response.headers.getRawHeaders("Warning", [])):
+            self._log.warn("the registry {host} says: {text}", host=self.origin.host, text=text)
 
     async def _ask_registry(
         self, method: str, url: str, headers: Mapping[str, str], seconds: float, body: bytes
@@ -130,6 +149,22 @@ class Session:
         await self._authorizer.renew(challenges, used)
         renewed = await self._authorizer.authorization()
         return await ask(method, url, _authorized(headers, renewed), seconds, body)
+
+
+def _scope_wanted(response: IResponse) -> str:
+    """What a token would have to be for; '' if that was not what is missing (RFC 6750, section 3.1)."""
+    try:
+        challenges = parse_challenges(response.headers.getRawHeaders("WWW-Authenticate", []))
+    except InvalidHeader:
+        return ""
+    return next(
+        (
+            challenge.parameters.get("scope", "")
+            for challenge in challenges
+            if challenge.parameters.get("error") == "insufficient_scope"
+        ),
+        "",
+    )
 
 
 def _authorized(headers: Mapping[str, str], authorization: str | None) -> Mapping[str, str]:

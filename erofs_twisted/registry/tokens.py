@@ -16,16 +16,25 @@ DEFAULT_LIFETIME = 60.0
 REFRESH_AT = 0.75
 """The part of a token's life after which a new one is fetched, while the old one still serves."""
 
+SPARED = 5.0
+"""Seconds, at least, between two of them that fail."""
+
 _TOKEN = re.compile(r"[!-~]+")
 
 
 @attrs.frozen
 class Token:
-    """``value`` does not show in a repr. Times are the clock's."""
+    """Neither ``value`` nor ``refresh_token`` shows in a repr. Times are the clock's."""
 
     value: str = attrs.field(repr=False)
     refresh_at: float
     expires_at: float
+    refresh_token: str | None = attrs.field(default=None, repr=False)
+    """In place of the identity token that was exchanged for this."""
+
+    def spared(self, now: float) -> Token:
+        """This one after a refresh ahead of time has failed: half of what is left later is soon enough."""
+        return attrs.evolve(self, refresh_at=now + max((self.expires_at - now) / 2, SPARED))
 
 
 def parse_token(body: bytes, now: float) -> Token:
@@ -46,7 +55,10 @@ def parse_token(body: bytes, now: float) -> Token:
     age = now - (_issued_at(answer.get("issued_at")) or now)
     # A token that is too old on arrival, or comes from the future, tells of two clocks that disagree.
     received = now - age if 0 <= age < lifetime else now
-    return Token(value, received + lifetime * REFRESH_AT, received + lifetime)
+    rotated = answer.get("refresh_token")
+    if not isinstance(rotated, str) or not _TOKEN.fullmatch(rotated):
+        rotated = None
+    return Token(value, received + lifetime * REFRESH_AT, received + lifetime, rotated)
 
 
 def _lifetime(expires_in: Any) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Iterable
 from urllib.parse import SplitResult, urlencode, urljoin, urlsplit, urlunsplit
 
@@ -32,14 +31,6 @@ class Origin:
         if parts.scheme not in _DEFAULT_PORT or not parts.hostname:
             raise InvalidHeader(f"{redacted(url)[:200]!r} is not an http or https URL")
         return cls(parts.scheme, parts.hostname, _DEFAULT_PORT[parts.scheme] if port is None else port)
-
-    @property
-    def is_link_local(self) -> bool:
-        """Is the host an address such as that of a cloud's metadata service?"""
-        try:
-            return ipaddress.ip_address(self.host).is_link_local
-        except ValueError:
-            return False
 
 
 def resolve_location(url: str, location: str) -> str:

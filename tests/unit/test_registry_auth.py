@@ -297,7 +297,7 @@ class BearerTests(AuthTests):
 
     def test_a_clouds_metadata_service_is_no_token_server(self) -> None:
         self.challenge = 'Bearer realm="https://169.254.169.254/latest"'
-        self.assertIn("link-local", str(self.failureResultOf(self.get(), AccessDenied).value))
+        self.assertIn("private address", str(self.failureResultOf(self.get(), AccessDenied).value))
 
     def test_a_realm_that_is_no_url_is_refused(self) -> None:
         for realm in ("", "token", "file:///etc/passwd"):
@@ -317,3 +317,25 @@ class BearerTests(AuthTests):
     def test_a_token_server_that_sends_too_much_is_cut_off(self) -> None:
         self.grant = lambda request: request.respond(200, b"x" * 100_000)  # type: ignore[assignment]
         self.failureResultOf(self.get(), TransferFailed)
+
+    def test_a_renewal_that_fails_is_not_repeated_by_each_request(self) -> None:
+        self.status()
+        self.clock.advance(76)
+        asked: list[FakeRequest] = []
+
+        def fail(request: FakeRequest) -> None:
+            asked.append(request)
+            request.respond(503)
+
+        self.grant = fail  # type: ignore[method-assign]
+        for _ in range(100):
+            self.status()
+            self.clock.advance(0.2)
+        self.assertLess(len(asked), 5)
+
+    def test_a_scope_that_the_user_has_not_is_named(self) -> None:
+        self.challenge = f'Bearer realm="{REALM}",scope="repository:b:push",error="insufficient_scope"'
+        self.grant = lambda request: request.respond(200, b'{"token":"useless"}')  # type: ignore[assignment]
+        answer = self.successResultOf(self.get())
+        error = self.successResultOf(Deferred.fromCoroutine(self.session.refusal(answer, 10)))
+        self.assertIn("does not reach as far as 'repository:b:push'", str(error))

@@ -188,7 +188,7 @@ class RetryTests(SynchronousTestCase):
         self.assertEqual(50, Backoff(random=lambda: 0.0).delay(0, 100, 3600))
 
     def test_a_thousandth_attempt_overflows_nothing(self) -> None:
-        self.assertEqual(10, Backoff(random=lambda: 1.0).delay(5000, 100))
+        self.assertEqual(5, Backoff(random=lambda: 1.0).delay(5000, 100))
 
     def test_retry_after_is_read(self) -> None:
         now = 1_700_000_000.0
@@ -233,12 +233,6 @@ class UrlTests(SynchronousTestCase):
         ):
             with self.subTest(url=url):
                 self.assertRaises(InvalidHeader, Origin.of, url)
-
-    def test_link_local_addresses_are_known(self) -> None:
-        self.assertTrue(Origin.of("http://169.254.169.254/").is_link_local)
-        self.assertTrue(Origin.of("http://[fe80::1]/").is_link_local)
-        self.assertFalse(Origin.of("http://10.0.0.1/").is_link_local)
-        self.assertFalse(Origin.of("http://a.example/").is_link_local)
 
     def test_locations_are_resolved(self) -> None:
         base = "https://a.example/v2/x/blobs/sha256:1"
