@@ -15,16 +15,26 @@ from twisted.internet.error import (
     ConnectionRefusedError,
     DNSLookupError,
 )
+from twisted.internet.testing import MemoryReactorClock, StringTransport
 from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
-from twisted.web.client import ResponseNeverReceived
+from twisted.web._newclient import Request as HTTPRequest
+from twisted.web.client import URI, BrowserLikePolicyForHTTPS, ResponseNeverReceived
+from twisted.web.http_headers import Headers
 from twisted.web.resource import Resource
 from twisted.web.server import Request
 
 from erofs_twisted.registry.answers import errors_text, status_error
 from erofs_twisted.registry.body import SMALL_BODY, abandon, discard, read_body, receive
 from erofs_twisted.registry.errors import AccessDenied, NotInRegistry, TransferFailed
-from erofs_twisted.registry.transport import Transport
+from erofs_twisted.registry.transport import (
+    MAX_HOSTS,
+    PIECE,
+    SMALL_PIECE,
+    Transport,
+    _Client,
+    _Endpoints,
+)
 from tests.unit.fakehttp import FakeResponse, fake_transport
 
 URL = "https://a.example/x?signature=secret"
@@ -282,6 +292,42 @@ class TransportTests(SynchronousTestCase):
         response = self.successResultOf(Deferred.fromCoroutine(put))
         body = self.successResultOf(read_body(response, 100, self.clock, 10))
         self.assertEqual(b"received a body", body)
+
+
+class ConnectionTests(SynchronousTestCase):
+    """Over sockets that are not there."""
+
+    def test_a_host_is_worked_out_once_for_each_scheme_and_port(self) -> None:
+        endpoints = _Endpoints(MemoryReactorClock(), BrowserLikePolicyForHTTPS())
+        urls = (
+            b"http://a.example/1",
+            b"https://a.example/1",
+            b"http://a.example:81/1",
+            b"http://b.example/1",
+        )
+        first = [endpoints.endpointForURI(URI.fromBytes(url)) for url in urls]
+        again = [endpoints.endpointForURI(URI.fromBytes(url.replace(b"/1", b"/2"))) for url in urls]
+        self.assertEqual(first, again)
+        self.assertEqual(4, len(set(map(id, first))))
+
+    def test_however_many_hosts_there_are_only_some_are_kept(self) -> None:
+        endpoints = _Endpoints(MemoryReactorClock(), BrowserLikePolicyForHTTPS())
+        for number in range(3 * MAX_HOSTS):
+            endpoints.endpointForURI(URI.fromBytes(f"http://host-{number}.example/".encode()))
+        self.assertLessEqual(len(endpoints._known), MAX_HOSTS)
+
+    def test_heads_are_taken_in_small_pieces_and_long_bodies_in_large_ones(self) -> None:
+        client = _Client()
+        transport: Any = StringTransport()
+        client.makeConnection(transport)
+        answer = client.request(HTTPRequest(b"GET", b"/", Headers({b"Host": [b"a"]}), None))
+        self.assertEqual(SMALL_PIECE, transport.bufferSize)
+        head = f"HTTP/1.1 200 OK\r\nContent-Length: {2 * SMALL_PIECE}\r\n\r\n".encode()
+        client.dataReceived(head)
+        self.assertEqual(SMALL_PIECE, transport.bufferSize)
+        self.successResultOf(answer)
+        client.dataReceived(bytes(SMALL_PIECE))
+        self.assertEqual(PIECE, transport.bufferSize)
 
 
 class StatusTests(SynchronousTestCase):
