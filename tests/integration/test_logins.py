@@ -30,7 +30,7 @@ from erofs_twisted.registry.store import open_store
 from tests.daemon import BIN, run
 from tests.images import EROFS, Layout, push
 from tests.scenery import scenery
-from tests.servers import DockerRegistry
+from tests.servers import DockerRegistry, tool
 
 AMD64 = Platform.parse("linux/amd64")
 CONTENT = os.urandom(100_000)
@@ -40,6 +40,14 @@ HELPER = """#!/bin/sh
 cd {directory}
 {{ echo "$@"; cat; echo; }} >> asked
 exec cat answer
+"""
+KEEPER = """#!/bin/sh
+# A keychain of one entry, which is a file.
+cd {directory}
+case $1 in
+  store) cat > kept;;
+  get) cat >/dev/null; cat kept 2>/dev/null || {{ echo credentials not found in native keychain; exit 1; }};;
+esac
 """
 
 
@@ -111,6 +119,25 @@ class RegistryTests(TestCase):
     async def test_a_login_of_docker_lets_in(self) -> None:
         self.config.write_text(auths(self.registry, OLD))
         await self.check(await self.layer())
+
+    async def test_a_login_of_skopeo_lets_in(self) -> None:
+        self.skopeo_login()
+        self.assertIn(self.registry.authority, json.loads(self.config.read_text())["auths"])
+        await self.check(await self.layer())
+
+    async def test_what_skopeo_gave_to_a_helper_is_got_from_it(self) -> None:
+        self.helper("file", KEEPER)
+        self.config.write_text(json.dumps({"credHelpers": {self.registry.authority: "file"}}))
+        self.skopeo_login()
+        self.assertNotIn("auths", json.loads(self.config.read_text()))
+        await self.check(await self.layer())
+
+    def skopeo_login(self) -> None:
+        options = ("--tls-verify=false", "--username", OLD.username, "--password-stdin")
+        subprocess.run(
+            [tool("skopeo"), "login", "--authfile", self.config, *options, self.registry.authority],
+            input=OLD.password.encode(), env=dict(os.environ), capture_output=True, check=True,
+        )  # fmt: skip
 
     async def test_a_password_is_replaced_under_an_open_image(self) -> None:
         self.config.write_text(auths(self.registry, OLD))
