@@ -14,7 +14,7 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from erofs_twisted.registry.challenge import Challenge, parse_challenges
-from erofs_twisted.registry.credentials import Credentials, Identity, RegistryToken
+from erofs_twisted.registry.credentials import LOG_IN, Credentials, Identity, RegistryToken
 from erofs_twisted.registry.errors import AccessDenied
 from erofs_twisted.registry.keychain import Given, IKeychain
 from erofs_twisted.registry.realm import check_realm
@@ -135,9 +135,7 @@ class Authorizer:
             self._keychain.refused(held)
             held = await self._ask_keychain()
         if held is None:
-            raise AccessDenied(
-                "the registry wants a user's name and password: --username and --password-file"
-            )
+            raise AccessDenied(f"the registry wants a user's name and password: {LOG_IN}")
         if not isinstance(held, Credentials):
             raise AccessDenied("the registry wants a user's name and password, and there is only a token")
         authorization = held.authorization()

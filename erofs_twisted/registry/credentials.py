@@ -13,6 +13,9 @@ from erofs_twisted.registry.errors import AccessDenied
 _TOKEN = re.compile(r"[!-~]+")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
+LOG_IN = "log in (docker login, podman login, --auth-file), or give --username and --password-file"
+"""The cure, for messages."""
+
 
 def _hidden(_: object) -> str:
     return "…"

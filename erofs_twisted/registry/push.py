@@ -10,6 +10,7 @@ import attrs
 
 from erofs_twisted.registry.answers import status_error
 from erofs_twisted.registry.body import discard, read_body
+from erofs_twisted.registry.credentials import LOG_IN
 from erofs_twisted.registry.digest import Digest
 from erofs_twisted.registry.errors import AccessDenied, InvalidManifest, RegistryError, TransferFailed
 from erofs_twisted.registry.manifest import (
@@ -150,7 +151,7 @@ async def _refusal(session: Session, answer: Answer) -> RegistryError:
         return error
     if session.has_credentials:
         return AccessDenied(f"{error} (this user may not push to the repository)")
-    return AccessDenied(f"{error} (to push takes a user: --username and --password-file)")
+    return AccessDenied(f"{error} (to push takes a user: {LOG_IN})")
 
 
 def _describe(media_type: str, content: bytes) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from erofs_twisted.registry.auth import Authorizer
 from erofs_twisted.registry.body import discard
 from erofs_twisted.registry.challenge import parse_challenges
 from erofs_twisted.registry.circuit import Circuit
+from erofs_twisted.registry.credentials import LOG_IN
 from erofs_twisted.registry.errors import (
     AccessDenied,
     InvalidHeader,
@@ -123,7 +124,7 @@ class Session:
             return AccessDenied(f"{error} (this user's token does not reach as far as {scope!r:.200})")
         if self._authorizer.has_credentials:
             return AccessDenied(f"{error} (wrong user name or password, or not this user's image)")
-        return AccessDenied(f"{error} (does the image exist? is it private: --username and --password-file)")
+        return AccessDenied(f"{error} (does the image exist? if it is private, {LOG_IN})")
 
     def _pass_on(self, response: IResponse) -> None:
         for text in self._notices.new(response.headers.getRawHeaders("Warning", [])):

@@ -14,7 +14,7 @@ from twisted.web.iweb import IResponse
 
 from erofs_twisted.registry.answers import status_error
 from erofs_twisted.registry.body import discard, read_body
-from erofs_twisted.registry.credentials import Credentials, Identity, IdentityToken, RegistryToken
+from erofs_twisted.registry.credentials import LOG_IN, Credentials, Identity, IdentityToken, RegistryToken
 from erofs_twisted.registry.errors import AccessDenied, RegistryError, TransferFailed
 from erofs_twisted.registry.tokens import Token, parse_token
 from erofs_twisted.registry.transport import Transport
@@ -98,7 +98,7 @@ class TokenServer:
 def _refusal(error: RegistryError, held: Identity | None, code: int) -> RegistryError:
     if isinstance(error, AccessDenied) or (code == 400 and isinstance(held, IdentityToken)):
         if held is None:
-            text = "wants credentials (--username and --password-file)"
+            text = f"wants credentials ({LOG_IN})"
         elif isinstance(held, IdentityToken):
             text = "refuses this login's identity token (log in again)"
         else:
