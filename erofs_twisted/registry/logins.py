@@ -99,8 +99,8 @@ class Logins:
     async def _find(self) -> Identity | None:
         before = {path: self._known.setdefault(path, _File()).signature for path in self._files.paths}
         seen = await deferToThreadPool(self._reactor, self._pool, _look_at_all, before)
-        for path in self._files.paths:
-            config = self._take(path, seen[path])
+        configs = {path: self._take(path, look) for path, look in seen.items()}
+        for path, config in configs.items():
             if config is not None and (found := await self._find_in(path, config)) is not None:
                 return found
         return None

@@ -162,6 +162,14 @@ class FileTests(LoginsTests):
         self.assertEqual(ALICE, self.found())
         self.assertEqual(1, len(parsed))
 
+    def test_a_file_that_is_not_needed_yet_counts_as_it_was_all_the_same(self) -> None:
+        self.write(self.first, auths(ALICE))
+        self.write(self.second, auths(BOB))
+        self.found()
+        self.first.unlink()
+        self.second.write_text('{"auths": {')
+        self.assertEqual(BOB, self.found())
+
     def test_after_a_logout_there_is_nobody(self) -> None:
         self.write(self.first, auths(ALICE))
         self.found()
