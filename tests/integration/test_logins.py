@@ -27,7 +27,7 @@ from erofs_twisted.registry.logins import PAUSE
 from erofs_twisted.registry.platform import Platform
 from erofs_twisted.registry.reference import parse_reference
 from erofs_twisted.registry.store import open_store
-from tests.daemon import BIN, run
+from tests.daemon import BIN, DaemonTestCase, run
 from tests.images import EROFS, Layout, push
 from tests.scenery import scenery
 from tests.servers import DockerRegistry, tool
@@ -219,6 +219,51 @@ class HelperTests(TestCase):
         await self.assertFailure(self.ask("exec yes"), HelperFailed)
 
 
+class DaemonLoginTests(DaemonTestCase):
+    """A mount whose password comes from a helper."""
+
+    attach = "fuse"
+
+    def setUp(self) -> None:
+        self.server = self.enterContext(DockerRegistry(users={"alice": OLD.password}))
+        super().setUp()
+        push_scenery(self.server)
+        config = self.directory / "docker" / "config.json"
+        config.parent.mkdir()
+        config.write_text(json.dumps({"credsStore": "keys"}))
+        helper = self.directory / "docker-credential-keys"
+        helper.write_text(HELPER.format(directory=self.directory))
+        helper.chmod(0o755)
+        (self.directory / "answer").write_text(answer(OLD))
+        self.environment = {
+            "PATH": f"{self.directory}:{os.environ['PATH']}",
+            "DOCKER_CONFIG": str(config.parent),
+        }
+
+    def test_it_is_found_by_a_daemon_and_shows_nowhere(self) -> None:
+        image = f"{self.server.authority}/team/app:1"
+        daemon = self.mounted(image, "--fill", "off", environment=self.environment)
+        source = f"{self.directory}/docker/config.json, docker-credential-keys"
+        daemon.says(f"credentials for {self.server.authority}: {source}")
+        shown = b"".join(Path(f"/proc/{daemon.pid}/{name}").read_bytes() for name in ("cmdline", "environ"))
+        for directory in (daemon.state_dir, daemon.cache_dir):
+            shown += b"".join(file.read_bytes() for file in directory.rglob("*") if file.is_file())
+        self.assertEqual(0, daemon.erofs_nbd("umount").returncode)
+        self.assert_ends_well(daemon)
+        shown += daemon.log.encode()
+        for secret in (b"hush", base64.b64encode(b"alice:hush-old")):
+            self.assertNotIn(secret, shown)
+
+
+def push_scenery(registry: DockerRegistry) -> None:
+    layout = object.__new__(Layout)
+    layout.directory = scenery().layout
+    push(
+        layout, scenery().manifests["plain"], registry.url, "team/app:1",
+        headers={"Authorization": OLD.authorization()},
+    )  # fmt: skip
+
+
 class CommandTests(SynchronousTestCase):
     """As a user would have it: a home with a login in it, and no option."""
 
@@ -226,12 +271,7 @@ class CommandTests(SynchronousTestCase):
         self.directory = Path(tempfile.mkdtemp(prefix="logins-"))
         self.addCleanup(shutil.rmtree, self.directory)
         self.registry = self.enterContext(DockerRegistry(users={"alice": OLD.password}))
-        layout = object.__new__(Layout)
-        layout.directory = scenery().layout
-        push(
-            layout, scenery().manifests["plain"], self.registry.url, "team/app:1",
-            headers={"Authorization": OLD.authorization()},
-        )  # fmt: skip
+        push_scenery(self.registry)
         self.image = f"{self.registry.authority}/team/app:1"
         config = self.directory / ".docker" / "config.json"
         config.parent.mkdir()

@@ -155,5 +155,5 @@ class LoginsMachine(RuleBasedStateMachine):
 class LoginsModelTests(SynchronousTestCase):
     def test_it_finds_what_the_model_finds(self) -> None:
         run_state_machine_as_test(  # type: ignore[no-untyped-call]
-            LoginsMachine, settings=settings(max_examples=100, stateful_step_count=30, deadline=None)
+            LoginsMachine, settings=settings(max_examples=200, stateful_step_count=30, deadline=None)
         )
