@@ -19,6 +19,8 @@ SAMPLE = 128 * KIB
 PAUSE = 0.002
 """Seconds without a byte that are a wait for an answer, and no time of transfer; at least, on a far link it
 is half a round trip."""
+REQUEST_COST = 0.0003
+"""Seconds of the processor that a request takes: over a fast link, that is what it costs."""
 SHORT_REQUEST = 0.02
 """Seconds within which the bytes of a request should come."""
 ROUND_TRIPS, RATES = 32, 32
@@ -69,11 +71,17 @@ class Link:
         return max(MIB, min(4 * MIB, _power_of_two(int(bandwidth * SHORT_REQUEST))))
 
     def share(self, parts: int, default: int, least: int, most: int) -> int:
-        """What comes in a part of a round trip, as a power of two; ``default`` while that is not known."""
+        """What comes in a part of a round trip, or while we make a request, if that is more: as a power of
+        two. ``default`` while that is not known."""
         product = self.product
         if product is None:
             return default
-        return max(least, min(most, _power_of_two(product // parts)))
+        return max(least, min(most, _power_of_two(max(product // parts, self._request_bytes))))
+
+    @property
+    def _request_bytes(self) -> int:
+        """What comes while we make a request."""
+        return int((self._bandwidth or 0.0) * REQUEST_COST)
 
     def seconds(self, length: int, sharers: int = 1) -> float | None:
         """How long ``length`` bytes take, where so many transfers share the link."""

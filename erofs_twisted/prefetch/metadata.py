@@ -161,7 +161,9 @@ class MetadataPrefetch:
     def _merged(self, ranges: list[ByteRange]) -> list[ByteRange]:
         """Ranges in order, with no small gaps between them."""
         # Many requests go side by side: each has a part of what comes in a round trip.
-        gap = self._source.link.share(16, default=self._policy.gap, least=self._policy.granule, most=64 * KIB)
+        gap = self._source.link.share(
+            16, default=self._policy.gap, least=self._policy.granule, most=256 * KIB
+        )
         merged: list[ByteRange] = []
         for start, end in ranges:
             if merged and start - merged[-1][1] <= gap:
