@@ -13,6 +13,8 @@ from erofs_twisted.registry.retry import Backoff
 
 SUSPICIOUS = 4
 """Failures in a row, of whatever requests, after which the registry is taken to be down."""
+PATIENCE = 2.0
+"""Seconds that a probe is waited for, before the next one is made beside it."""
 
 
 @attrs.define(eq=False)
@@ -39,9 +41,8 @@ class Circuit:
         """Wait until a request may be made. Who was let in says what came of it, and leaves."""
         if self._opens_at is None:
             return Turn(self)
-        if self._probe is None and not self._waiting and self._clock.seconds() >= self._opens_at:
-            self._probe = Turn(self)
-            return self._probe
+        if not self._waiting and self._clock.seconds() >= self._opens_at:
+            return self._new_probe()
         waiter: Deferred[Turn] = Deferred(self._leave)
         self._waiting.append(waiter)
         self._set_timer()
@@ -74,6 +75,7 @@ class Circuit:
     def _left(self, turn: Turn) -> None:
         if turn is self._probe:
             self._probe = None
+            self._opens_at = self._clock.seconds()
             self._set_timer()
 
     def _leave(self, waiter: Deferred[Turn]) -> None:
@@ -85,14 +87,19 @@ class Circuit:
         timer, self._timer = self._timer, None
         if timer is not None and timer.active():
             timer.cancel()
-        if self._opens_at is not None and self._probe is None and self._waiting:
+        if self._opens_at is not None and self._waiting:
             delay = max(self._opens_at - self._clock.seconds(), 0.0)
             self._timer = self._clock.callLater(delay, self._let_in)
 
     def _let_in(self) -> None:
         self._timer = None
-        self._probe = Turn(self)
-        self._waiting.popleft().callback(self._probe)
+        self._waiting.popleft().callback(self._new_probe())
+
+    def _new_probe(self) -> Turn:
+        probe = self._probe = Turn(self)
+        self._opens_at = self._clock.seconds() + PATIENCE
+        self._set_timer()
+        return probe
 
 
 @attrs.define(eq=False)

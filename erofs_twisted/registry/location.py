@@ -7,10 +7,9 @@ again, and those that need the answer wait for that one.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable
-
 import attrs
 from twisted.internet.defer import Deferred
+from twisted.internet.defer import TimeoutError as TimedOut
 from twisted.internet.interfaces import IReactorTime
 
 from erofs_twisted.registry.signedurl import lifetime
@@ -19,6 +18,8 @@ RENEW_AT = 0.75
 """The part of a URL's life after which a new one is asked for, while the old one still serves."""
 RENEW_BEFORE = 10.0
 """Seconds before its end at which that is soon enough."""
+PATIENCE = 2.0
+"""Seconds that the one request which asks is waited for, before another one asks too."""
 
 
 @attrs.frozen(eq=False)
@@ -63,13 +64,19 @@ class BlobLocation:
             way = self._choose()
             if way is not None:
                 return way
-            await self._answer()
+            asking = self._asking
+            try:
+                await self._answer().addTimeout(PATIENCE, self._clock)
+            except TimedOut:
+                if self._asking is asking:
+                    self._asking = None
 
     def found(self, way: Way, url: str | None) -> None:
         """The bytes come from ``url``, where the registry sent us to; None: from the registry."""
         if way.url is None:
             self._is_direct = url is None
             self._redirect = None if url is None else _Redirect.received(url, self._clock.seconds())
+            self._wake()
         self.settle(way)
 
     def lost(self, way: Way) -> bool:
@@ -88,9 +95,11 @@ class BlobLocation:
 
     def settle(self, way: Way) -> None:
         """A request has had its answer, or will have none."""
-        if self._asking is not way:
-            return
-        self._asking = None
+        if self._asking is way:
+            self._asking = None
+            self._wake()
+
+    def _wake(self) -> None:
         waiting, self._waiting = self._waiting, []
         for waiter in waiting:
             waiter.callback(None)
@@ -106,7 +115,7 @@ class BlobLocation:
         self._asking = Way(None, asks=True)
         return self._asking
 
-    def _answer(self) -> Awaitable[None]:
+    def _answer(self) -> Deferred[None]:
         waiter: Deferred[None] = Deferred(self._waiting.remove)
         self._waiting.append(waiter)
         return waiter

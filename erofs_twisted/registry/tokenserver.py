@@ -22,6 +22,8 @@ from erofs_twisted.registry.urls import with_parameters
 
 MAX_ANSWER = 64 * 1024
 SECONDS = 15.0
+DENIED_SECONDS = 10.0
+"""For which no is taken for an answer, from the same user for the same scopes."""
 CLIENT_ID = "erofs-twisted"
 TOKEN_USER = "<token>"
 """The user name that stands for: the password is an identity token."""
@@ -30,6 +32,14 @@ _NOT_SPOKEN = frozenset({404, 405})
 """How a server says that it has only the other form."""
 
 Scopes = tuple[str, ...]
+
+
+@attrs.frozen
+class _Denied:
+    held: Identity | None
+    scopes: Scopes
+    reason: str
+    until: float
 
 
 @attrs.define(eq=False)
@@ -43,11 +53,26 @@ class TokenServer:
     """Does it have only the form that is not tried first?"""
     _rotated: tuple[IdentityToken, str] | None = attrs.field(init=False, default=None, repr=False)
     """What it gave in place of an identity token, and which that was."""
+    _denied: _Denied | None = attrs.field(init=False, default=None, repr=False)
 
     async def exchange(self, held: Identity | None, scopes: Scopes) -> Token:
-        """The token that we get as who we are. Raises `AccessDenied`, `TransferFailed`."""
+        """The token that we get as who we are. Raises `AccessDenied`, `TransferFailed`.
+
+        What was denied is not asked for again at once: a program that reads on and on, and fails each time,
+        is no reason to have an account locked.
+        """
         if isinstance(held, RegistryToken):
             return Token(held.value, math.inf, math.inf)
+        denied, now = self._denied, self._transport.clock.seconds()
+        if denied is not None and (denied.held, denied.scopes) == (held, scopes) and now < denied.until:
+            raise AccessDenied(denied.reason)
+        try:
+            return await self._exchange(held, scopes)
+        except AccessDenied as error:
+            self._denied = _Denied(held, scopes, str(error), self._transport.clock.seconds() + DENIED_SECONDS)
+            raise
+
+    async def _exchange(self, held: IdentityToken | Credentials | None, scopes: Scopes) -> Token:
         posts = held is not None and isinstance(held, IdentityToken) != self._speaks_other
         response = await self._ask(posts, held, scopes)
         if response.code in _NOT_SPOKEN and held is not None:

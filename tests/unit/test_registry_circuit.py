@@ -13,7 +13,7 @@ from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
 from erofs_twisted.errors import ReadError
-from erofs_twisted.registry.circuit import SUSPICIOUS, Circuit, Turn
+from erofs_twisted.registry.circuit import PATIENCE, SUSPICIOUS, Circuit, Turn
 from erofs_twisted.registry.errors import BlobUnreadable, TransferFailed, Unreachable
 from erofs_twisted.registry.retry import Backoff
 from tests.unit.fakehttp import FakeRequest
@@ -75,9 +75,20 @@ class CircuitTests(SynchronousTestCase):
         first, *others = [self.enter() for _ in range(5)]
         self.clock.advance(1)
         self.successResultOf(first)
-        self.clock.advance(100)
+        self.clock.advance(PATIENCE - 0.1)
         for other in others:
             self.assertNoResult(other)
+
+    def test_a_probe_that_hears_nothing_is_followed_by_another(self) -> None:
+        self.fail_one(AWAY)
+        first, second, third = (self.enter() for _ in range(3))
+        self.clock.advance(1)
+        silent = self.successResultOf(first)
+        self.clock.advance(PATIENCE)
+        self.successResultOf(second)
+        self.assertNoResult(third)
+        silent.answered()
+        self.successResultOf(third)
 
     def test_when_the_probe_is_answered_all_go_on_at_once(self) -> None:
         self.fail_one(AWAY)
@@ -178,10 +189,7 @@ class CircuitMachine(RuleBasedStateMachine):
     def who_waits_has_somebody_who_will_wake_it(self) -> None:
         if self.unserved():
             assert self.circuit.is_open
-            assert (
-                len(self.clock.getDelayedCalls()) + any(turn is self.circuit._probe for turn in self.turns)
-                == 1
-            )
+            assert len(self.clock.getDelayedCalls()) == 1
         else:
             assert not self.clock.getDelayedCalls()
 
@@ -203,6 +211,8 @@ class OutageTests(BlobTests):
 
     def answer(self, request: FakeRequest) -> None:
         down = self.down
+        if down == "silent":
+            return
         if isinstance(down, Exception):
             # Twisted takes so long to say so.
             self.clock.callLater(0.3, lambda: request.answer.called or request.fail(down))
@@ -237,6 +247,20 @@ class OutageTests(BlobTests):
         self.assertLess(len(self.agent.requests) - self.before - 32, 20)
         self.down = None
         self.clock.pump([0.05] * 100)
+        for done in reads:
+            self.assertIsNone(self.successResultOf(done))
+
+    def test_while_it_says_nothing_it_is_asked_seldom_and_soon_found_again(self) -> None:
+        reads = self.outage("silent", 40)
+        requests = len(self.agent.requests)
+        self.clock.pump([0.05] * 600)
+        self.assertLessEqual(len(self.agent.requests) - requests, 20)
+        self.down = None
+        self.clock.pump([0.05] * 50)
+        waiting = [done for done in reads if not done.called]
+        # Those that had asked just before it came back ask again when their patience is over.
+        self.assertLess(len(waiting), 10)
+        self.clock.pump([0.05] * 300)
         for done in reads:
             self.assertIsNone(self.successResultOf(done))
 

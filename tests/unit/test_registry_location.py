@@ -14,7 +14,7 @@ from twisted.internet.task import Clock
 from twisted.logger import globalLogPublisher
 from twisted.trial.unittest import SynchronousTestCase
 
-from erofs_twisted.registry.location import BlobLocation, Way
+from erofs_twisted.registry.location import PATIENCE, BlobLocation, Way
 from erofs_twisted.registry.signedurl import MAX_LIFE, lifetime
 from tests.unit.fakehttp import FakeRequest
 from tests.unit.test_registry_blob import BLOB, URL, BlobTests
@@ -127,6 +127,15 @@ class BlobLocationTests(SynchronousTestCase):
         self.failureResultOf(second, CancelledError)
         self.location.found(first, CDN)
         self.assertEqual(CDN, self.successResultOf(third).url)
+
+    def test_the_one_that_asks_is_not_waited_for_for_ever(self) -> None:
+        silent, second, third = self.way(), self.choose(), self.choose()
+        self.clock.advance(PATIENCE)
+        self.assertTrue(self.successResultOf(second).asks)
+        self.assertNoResult(third)
+        self.location.found(silent, CDN)
+        self.assertEqual(CDN, self.successResultOf(third).url)
+        self.assertEqual([], self.clock.getDelayedCalls())
 
     def test_near_its_end_one_asks_and_the_others_use_the_old_one(self) -> None:
         self.location.found(self.way(), old := self.signed(100))

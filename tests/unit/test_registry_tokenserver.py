@@ -13,7 +13,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from erofs_twisted.registry.credentials import Credentials, Identity, IdentityToken, RegistryToken
 from erofs_twisted.registry.errors import AccessDenied, TransferFailed
 from erofs_twisted.registry.tokens import Token
-from erofs_twisted.registry.tokenserver import TokenServer
+from erofs_twisted.registry.tokenserver import DENIED_SECONDS, TokenServer
 from tests.unit.fakehttp import FakeRequest, fake_transport
 
 REALM = "https://auth.example/token"
@@ -134,6 +134,7 @@ class TokenServerTests(SynchronousTestCase):
 
     def test_an_identity_token_that_is_over_says_to_log_in_again(self) -> None:
         for self.status in (400, 401):
+            self.clock.advance(DENIED_SECONDS)
             text = self.refusal(LOGIN, AccessDenied)
             self.assertIn("log in again", text)
             self.assertIn("invalid_grant: too old", text)
@@ -142,6 +143,26 @@ class TokenServerTests(SynchronousTestCase):
         self.status = 401
         self.assertIn("refuses this user name and password", self.refusal(ALICE, AccessDenied))
         self.assertEqual(["GET"], self.methods)
+
+    def test_however_often_it_is_tried_what_is_denied_is_asked_for_seldom(self) -> None:
+        self.status = 401
+        said = {self.refusal(ALICE, AccessDenied) for _ in range(100)}
+        self.assertEqual((1, 1), (len(self.agent.requests), len(said)))
+        self.clock.advance(DENIED_SECONDS)
+        self.status = 200
+        self.assertEqual("t", self.exchange(ALICE).value)
+
+    def test_another_user_is_not_denied_for_that(self) -> None:
+        self.status = 401
+        self.refusal(ALICE, AccessDenied)
+        self.status = 200
+        self.exchange(Credentials("alice", "another"))
+
+    def test_a_server_that_is_overloaded_denies_nothing(self) -> None:
+        self.status = 503
+        self.refusal(ALICE, TransferFailed)
+        self.status = 200
+        self.exchange(ALICE)
 
     def test_no_secret_is_in_a_message_or_shows(self) -> None:
         self.rotates = True
