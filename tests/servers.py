@@ -213,12 +213,14 @@ class TokenServer:
     """Gives out bearer tokens that a `DockerRegistry` with `registry_auth` accepts.
 
     It runs in a thread, so it also answers while a test blocks. Without ``users`` anyone may pull and push.
-    ``lifetime`` is in seconds; `granted` counts the tokens.
+    ``lifetime`` is in seconds; `granted` counts the tokens. Who posts the ``identity`` token as an OAuth2
+    refresh token gets one too, and another identity token, which is the only one that counts from then on.
     """
 
     users: Mapping[str, str] = attrs.field(factory=dict)
     lifetime: int = 60
     answer_key: str = "token"
+    identity: str = ""
     granted: int = attrs.field(init=False, default=0)
     refused: int = attrs.field(init=False, default=0)
     directory: Path = attrs.field(init=False)
@@ -256,6 +258,9 @@ class TokenServer:
             def do_GET(self) -> None:
                 owner.answer(self)
 
+            def do_POST(self) -> None:
+                owner.answer_form(self)
+
             def log_message(self, format: str, *args: object) -> None:
                 """Say nothing."""
 
@@ -291,9 +296,22 @@ class TokenServer:
             self.refused += 1
             request.send_error(401)
             return
+        self._grant(request, parse_qs(urlsplit(request.path).query).get("scope", []))
+
+    def answer_form(self, request: BaseHTTPRequestHandler) -> None:
+        """Answer one request by OAuth2."""
+        form = parse_qs(request.rfile.read(int(request.headers["Content-Length"])).decode())
+        if form["grant_type"] != ["refresh_token"] or form["refresh_token"] != [self.identity]:
+            self.refused += 1
+            request.send_error(401)
+            return
+        self.identity = uuid.uuid4().hex
+        self._grant(request, form["scope"][0].split(), refresh_token=self.identity)
+
+    def _grant(self, request: BaseHTTPRequestHandler, scopes: Sequence[str], **more: str) -> None:
         self.granted += 1
-        scopes = parse_qs(urlsplit(request.path).query).get("scope", [])
-        body = json.dumps({self.answer_key: self._token(scopes, self.lifetime), "expires_in": self.lifetime})
+        token = self._token(scopes, self.lifetime)
+        body = json.dumps({self.answer_key: token, "expires_in": self.lifetime, **more})
         request.send_response(200)
         request.send_header("Content-Type", "application/json")
         request.send_header("Content-Length", str(len(body)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack
@@ -15,6 +16,7 @@ from twisted.internet.defer import Deferred, gatherResults
 from twisted.internet.task import deferLater
 
 from erofs_twisted.registry.credentials import Credentials
+from erofs_twisted.registry.dockerconfig import LoginFiles
 from erofs_twisted.registry.errors import AccessDenied
 from erofs_twisted.registry.platform import Platform
 from erofs_twisted.registry.reference import parse_reference
@@ -33,11 +35,13 @@ Opener = Callable[..., Any]
 async def open_image() -> AsyncIterator[Opener]:
     """Opens the store of ``team/app:1`` at a registry; all are closed at the end."""
     stores: list[Any] = []
-    no_pool: Any = None
 
-    def open_one(registry: DockerRegistry, credentials: Credentials | None = None) -> Any:
+    def open_one(
+        registry: DockerRegistry, credentials: Credentials | None = None, logins: LoginFiles | None = None
+    ) -> Any:
         reference = parse_reference(f"{registry.authority}/team/app:1")
-        stores.append(open_store(reactor, reference, pool=no_pool, credentials=credentials))
+        pool: Any = reactor.getThreadPool()  # type: ignore[attr-defined]
+        stores.append(open_store(reactor, reference, pool=pool, credentials=credentials, logins=logins))
         return stores[-1]
 
     yield open_one
@@ -159,3 +163,19 @@ async def test_basic_authentication_with_a_wrong_password_is_said(start: Any, op
     registry = start()
     with pytest.raises(AccessDenied, match="wrong user name or password"):
         await open_layer(open_image(registry, Credentials("alice", "guess")))
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_login_with_an_identity_token_lasts_though_the_server_replaces_it(
+    start: Any, open_image: Opener, tmp_path: Path
+) -> None:
+    tokens = TokenServer(users={"alice": "secret"}, lifetime=1, identity="first")
+    registry = start(tokens)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"auths": {registry.authority: {"identitytoken": "first"}}}))
+    reader = await open_layer(open_image(registry, logins=LoginFiles((str(file),), is_named=True)))
+    for round_ in range(3):
+        await check(reader, 1000 * round_, 1000)
+        await deferLater(reactor, 1.1)
+    assert tokens.granted >= 3
+    assert tokens.refused == 0
