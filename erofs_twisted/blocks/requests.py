@@ -89,8 +89,10 @@ class Requests:
         """
         fetches = dict.fromkeys(self._fetches[chunk] for chunk in range(first, end) if chunk in self._fetches)
         for fetch in fetches:
-            almost_there = fetch.started and fetch.remaining <= ALMOST
-            if fetch.is_guess or fetch.whole or almost_there:
+            if fetch.whole or (fetch.started and fetch.remaining <= ALMOST):
+                continue
+            # A guess needs nobody who waits for it, but the background that has not begun is somebody's.
+            if fetch.is_guess and (fetch.started or fetch.priority is Priority.AHEAD):
                 continue
             coming = self._runs_of(fetch)
             if not any(waiting(*run) for run in coming):

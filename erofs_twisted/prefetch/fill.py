@@ -21,10 +21,14 @@ from erofs_twisted.errors import ReadError
 SOON = 10.0
 """Seconds within which an image is better fetched at once: a program that starts reads much of it, here and
 there, and each of its waits for an answer can bring some."""
-LANES = 2
-"""Requests at a time: while the one is asked for, the other's bytes come."""
-URGENT_LANES = 8
-"""The same, where a mount waits for all of it."""
+AT_ONCE = 1.0
+"""Seconds within which it is not even worth to let others go first: they would wait for longer."""
+LANES = 8
+"""Requests that wait for their turn, or run. Of the background, the queue lets few run at a time."""
+LOOK = 0.01
+"""Seconds between two looks at whether there is a reason not to wait any more."""
+PATIENCE = 1.0
+"""How many it is waited at most for something to be known of the link."""
 RETRY_SECONDS = 60.0
 """From a failure, after every retry of the origin's client, to the next try."""
 
@@ -45,6 +49,8 @@ class Fill:
     queue: FetchQueue
     room: Callable[[], Deferred[int | None]]
     rate: int | None = None
+    held: bool = False
+    """Is something else to be fetched first? What can be there at once is fetched all the same."""
     _paid_until: float = attrs.field(default=0.0, init=False)
     _log = Logger()
 
@@ -54,7 +60,8 @@ class Fill:
         while True:
             try:
                 await self._check_room()
-                await self._fill(Priority.BACKGROUND, LANES)
+                await self._until_link_is_known()
+                await self._fill(Priority.BACKGROUND)
                 await self.source.verify()
             except (CacheFull, CorruptBlob) as error:
                 if isinstance(error, CacheFull):  # the other one was said by the cache
@@ -76,7 +83,7 @@ class Fill:
 
     async def now(self) -> None:
         """Fetch all that is missing, and check the digest. Raises `ReadError`."""
-        await self._fill(Priority.AHEAD, URGENT_LANES)
+        await self._fill(Priority.AHEAD)
         await self.source.verify()
 
     async def _check_room(self) -> None:
@@ -84,33 +91,51 @@ class Fill:
         if room is not None and missing > room:
             raise CacheFull(f"{missing} bytes are missing, and the cache has room for {room}")
 
-    async def _fill(self, priority: Priority, lanes: int) -> None:
+    async def _until_link_is_known(self) -> None:
+        until = self.clock.seconds() + PATIENCE
+        while self.queue.link.bandwidth is None and self.clock.seconds() < until:
+            await deferLater(self.clock, LOOK)
+
+    async def _fill(self, priority: Priority) -> None:
         unkept = self.source.stats.bytes_unkept
         position = 0
 
         async def fetch_in_turn() -> None:
             nonlocal position
-            while (missing := self.source.next_missing(position, self._request_size())) is not None:
+            while True:
+                urgency = min(priority, self._urgency())
+                if self.held and urgency is Priority.BACKGROUND:
+                    await deferLater(self.clock, LOOK)
+                    continue
+                missing = self.source.next_missing(position, self._request_size(urgency))
+                if missing is None:
+                    return
                 start, end = missing
                 position = end
-                self._hurry()
                 await self._pace(end - start)
-                await self.source.prefetch(start, end - start, priority)
+                await self.source.prefetch(start, end - start, urgency)
                 if self.source.stats.bytes_unkept > unkept:
                     raise CacheFull("the cache is full, see --cache-size and the disk's free space")
 
         while self.source.next_missing(0, MIB) is not None:
             # Once more, for what was missing again behind the lanes' backs.
             position = 0
-            await in_lanes(lanes, fetch_in_turn)
+            await in_lanes(LANES, fetch_in_turn)
 
-    def _hurry(self) -> None:
-        seconds = self.queue.link.seconds(self.source.bytes_missing)
-        self.queue.hurries = self.rate is None and seconds is not None and seconds <= SOON
+    def _urgency(self) -> Priority:
+        """How urgent the rest is: the sooner it can be there, the more."""
+        link = self.queue.link
+        seconds = None if self.rate is not None else link.seconds(self.source.bytes_missing)
+        self.queue.hurries = seconds is not None and seconds <= SOON
+        return Priority.AHEAD if seconds is not None and seconds <= AT_ONCE else Priority.BACKGROUND
 
-    def _request_size(self) -> int:
-        """What comes in about a round trip: a reader that comes meanwhile shares the link for no longer."""
-        return self.queue.link.share(1, default=256 * KIB, least=64 * KIB, most=MIB)
+    def _request_size(self, urgency: Priority) -> int:
+        """In the background, what comes in about a round trip: a reader that comes meanwhile shares the link
+        for no longer."""
+        link = self.queue.link
+        if urgency is Priority.AHEAD:
+            return link.longest
+        return link.share(1, default=256 * KIB, least=64 * KIB, most=MIB)
 
     async def _pace(self, length: int) -> None:
         if self.rate is None:

@@ -35,9 +35,13 @@ class WarmUp:
         self._run(self._follow(search), "the trace")
 
     def begin(self, superblock: Superblock, fill: Fill | None) -> None:
-        """The image is known to be one: fetch its metadata, and then fill."""
-        if self._source.bytes_missing:
-            self._run(self._begin(superblock, fill), "the image")
+        """The image is known to be one: fetch its metadata, and fill."""
+        if not self._source.bytes_missing:
+            return
+        if not self._traced:  # the metadata that is needed is in the trace
+            self._run(self._fetch_metadata(superblock, fill), "the metadata")
+        if fill is not None:
+            self._run(fill.when_idle(), "the rest of the image")
 
     def stop(self) -> None:
         """End all that runs."""
@@ -74,8 +78,11 @@ class WarmUp:
             )
             await self._source.prefetch_ranges(trace.ranges)
 
-    async def _begin(self, superblock: Superblock, fill: Fill | None) -> None:
-        if not self._traced:  # the metadata that is needed is in the trace
-            await prefetch_metadata(self._source, superblock, self._clock)
+    async def _fetch_metadata(self, superblock: Superblock, fill: Fill | None) -> None:
         if fill is not None:
-            await fill.when_idle()
+            fill.held = True
+        try:
+            await prefetch_metadata(self._source, superblock, self._clock)
+        finally:
+            if fill is not None:
+                fill.held = False

@@ -23,7 +23,7 @@ class WarmUpTests(SynchronousTestCase):
         self.patch(warmup, "prefetch_metadata", self.prefetch_metadata)
         self.source: Any = SimpleNamespace(bytes_missing=1 << 20, prefetch_ranges=self.prefetch_ranges)
         self.warm_up = warmup.WarmUp(Clock(), self.source)
-        self.fill: Any = SimpleNamespace(when_idle=self.when_idle)
+        self.fill: Any = SimpleNamespace(when_idle=self.when_idle, held=False)
 
     def prefetch_metadata(self, *_: object) -> Deferred[int]:
         self.done.append("metadata")
@@ -39,11 +39,11 @@ class WarmUpTests(SynchronousTestCase):
     def begin(self, fill: bool = True) -> None:
         self.warm_up.begin(None, self.fill if fill else None)  # type: ignore[arg-type]
 
-    def test_the_metadata_comes_before_all_the_rest(self) -> None:
+    def test_the_metadata_holds_up_the_rest(self) -> None:
         self.begin()
-        self.assertEqual(["metadata"], self.done)
+        self.assertEqual((["metadata", "fill"], True), (self.done, self.fill.held))
         self.metadata.callback(0)
-        self.assertEqual(["metadata", "fill"], self.done)
+        self.assertFalse(self.fill.held)
 
     def test_without_a_fill_that_is_all(self) -> None:
         self.begin(fill=False)
@@ -60,12 +60,12 @@ class WarmUpTests(SynchronousTestCase):
         self.warm_up.follow(search)
         self.begin()
         search.callback(TRACE)
-        self.assertEqual(["metadata", f"trace {TRACE.ranges}"], self.done)
+        self.assertEqual(["metadata", "fill", f"trace {TRACE.ranges}"], self.done)
 
     def test_no_trace_is_no_matter(self) -> None:
         self.warm_up.follow(succeed(None))
         self.begin()
-        self.assertEqual(["metadata"], self.done)
+        self.assertEqual(["metadata", "fill"], self.done)
 
     def test_a_complete_image_is_left_alone(self) -> None:
         self.source.bytes_missing = 0
@@ -75,7 +75,7 @@ class WarmUpTests(SynchronousTestCase):
     def test_what_cannot_be_had_is_no_failure(self) -> None:
         self.begin()
         self.metadata.errback(ReadError("the registry is down"))
-        self.assertEqual(["metadata"], self.done)
+        self.assertFalse(self.fill.held)
 
     def test_a_bug_reaches_the_log(self) -> None:
         self.begin()
