@@ -284,6 +284,19 @@ class OutageTests(BlobTests):
         for done in others:
             self.successResultOf(done)
 
+    def test_a_probe_that_is_cancelled_is_followed_by_another_at_once(self) -> None:
+        reads = self.outage(ConnectionRefusedError(), 5)
+        self.down = "silent"
+        self.clock.pump([0.05] * 20)
+        probe = self.agent.last
+        self.assertFalse(probe.answer.called)
+        done = reads[probe.range[0] // 4]
+        before = len(self.agent.requests)
+        done.cancel()
+        self.failureResultOf(done, CancelledError)
+        self.clock.advance(0.01)
+        self.assertEqual(before + 1, len(self.agent.requests))
+
     def test_a_body_that_breaks_off_with_progress_opens_nothing(self) -> None:
         self.agent.answer = lambda request: None
         done = self.read(0, 20)

@@ -14,6 +14,7 @@ from twisted.internet.task import Clock
 from twisted.logger import globalLogPublisher
 from twisted.trial.unittest import SynchronousTestCase
 
+from erofs_twisted.registry.blob import MAX_DETOURS
 from erofs_twisted.registry.location import PATIENCE, BlobLocation, Way
 from erofs_twisted.registry.signedurl import MAX_LIFE, lifetime
 from tests.unit.fakehttp import FakeRequest
@@ -256,3 +257,22 @@ class RenewalTests(BlobTests):
         self.clock.advance(3)
         self.assertIn("403", self.refusal(self.read(4, 4)))
         self.assertLess(len(self.agent.urls), 8)
+
+    def test_a_read_that_is_refused_wherever_others_are_not_ends(self) -> None:
+        self.life = 1e6
+        self.successResultOf(self.read(0, 4))
+        self.held = []
+        done = self.read(4, 4)
+        for _ in range(MAX_DETOURS):
+            (unlucky,), self.held = self.held, []
+            other = self.read(8, 4)
+            (refused,), self.held = self.held, None
+            refused.respond(403)  # so that it asks for another URL, with which all is well
+            self.successResultOf(other)
+            self.held = []
+            unlucky.respond(403)
+            self.assertNoResult(done)
+        (unlucky,), self.held = self.held, None
+        self.successResultOf(self.read(8, 4))
+        unlucky.respond(403)
+        self.assertIn("403", self.refusal(done))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 
 from twisted.internet.defer import Deferred
+from twisted.internet.error import ConnectionRefusedError
 
-from erofs_twisted.registry.errors import RegistryError, TransferFailed
+from erofs_twisted.registry.errors import RegistryError, TransferFailed, Unreachable
 from erofs_twisted.registry.session import Answer, Session
 from erofs_twisted.registry.urls import Origin
 from tests.unit.fakehttp import FakeRequest
@@ -73,6 +74,22 @@ class RedirectTests(AuthTests):
             "https://cdn.example/b",
         ]
         self.routes.update(itertools.pairwise(urls))
+
+    def test_a_host_that_is_away_is_told_from_one_that_only_leads_there(self) -> None:
+        self.routes[URL] = "https://away.example/x"
+        away = self.agent.answer
+
+        def answer(request: FakeRequest) -> None:
+            if "away" in request.url:
+                request.fail(ConnectionRefusedError())
+            else:
+                away(request)
+
+        self.agent.answer = answer
+        behind = self.failureResultOf(self.get(), TransferFailed).value
+        first = self.failureResultOf(self.get("https://away.example/x"), TransferFailed).value
+        self.assertEqual([False, True], [isinstance(error, Unreachable) for error in (behind, first)])
+        self.assertTrue(behind.temporary and first.temporary)
 
     def test_a_redirect_out_of_tls_is_refused(self) -> None:
         self.routes[URL] = "http://cdn.example/b?secret"
