@@ -21,6 +21,8 @@ PAUSE = 0.002
 is half a round trip."""
 REQUEST_COST = 0.0003
 """Seconds of the processor that a request takes: over a fast link, that is what it costs."""
+MANY_RATES = 8
+"""Samples that have a link's first burst, whatever was in its buffers, among a few."""
 SHORT_REQUEST = 0.02
 """Seconds within which the bytes of a request should come."""
 ROUND_TRIPS, RATES = 32, 32
@@ -49,6 +51,11 @@ class Link:
     def bandwidth(self) -> float | None:
         """Bytes a second, over all transfers."""
         return self._bandwidth
+
+    @property
+    def is_well_known(self) -> bool:
+        """Has so much come that its first burst counts no more?"""
+        return len(self._rates) >= MANY_RATES
 
     @property
     def product(self) -> int | None:
@@ -103,9 +110,9 @@ class Link:
         if self._bytes >= SAMPLE:
             self._rates.append(self._bytes / max(self._seconds, 1e-5))
             self._bytes, self._seconds = 0, 0.0
-            # Some are too high, of bytes that had waited for this process, and some too low, of answers that
-            # were all short.
-            self._bandwidth = sorted(self._rates)[3 * len(self._rates) // 4]
+            # Some are too high, of bytes that had waited for this process or in a burst, and some too low, of
+            # answers that were all short.
+            self._bandwidth = sorted(self._rates)[len(self._rates) // 2]
 
 
 def _power_of_two(number: int) -> int:

@@ -127,14 +127,15 @@ class Fill:
         link = self.queue.link
         seconds = None if self.rate is not None else link.seconds(self.source.bytes_missing)
         self.queue.hurries = seconds is not None and seconds <= SOON
-        return Priority.AHEAD if seconds is not None and seconds <= AT_ONCE else Priority.BACKGROUND
+        at_once = seconds is not None and seconds <= AT_ONCE and link.is_well_known
+        return Priority.AHEAD if at_once else Priority.BACKGROUND
 
     def _request_size(self, urgency: Priority) -> int:
         """In the background, what comes in about a round trip: a reader that comes meanwhile shares the link
         for no longer."""
         link = self.queue.link
         if urgency is Priority.AHEAD:
-            return link.longest
+            return MIB
         return link.share(1, default=256 * KIB, least=64 * KIB, most=MIB)
 
     async def _pace(self, length: int) -> None:

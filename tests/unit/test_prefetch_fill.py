@@ -8,7 +8,7 @@ from twisted.internet.defer import CancelledError, Deferred, succeed
 from twisted.trial.unittest import SynchronousTestCase
 
 from erofs_twisted.blocks.cache import CorruptBlob
-from erofs_twisted.blocks.link import KIB, Link
+from erofs_twisted.blocks.link import KIB, MANY_RATES, Link
 from erofs_twisted.blocks.queue import BACKGROUND_LIMIT, QUIET, FetchQueue
 from erofs_twisted.blocks.source import BlobSource
 from erofs_twisted.errors import ReadError
@@ -33,7 +33,7 @@ class FillCase(SynchronousTestCase):
         long, where the test says no more."""
         self.queue.link = Link()
         self.queue.link.answered(REQUEST / bandwidth)
-        self.queue.link._rates.append(bandwidth)
+        self.queue.link._rates.extend([bandwidth] * MANY_RATES)
         self.queue.link._bandwidth = bandwidth
 
     def open(self, digest: str | None = None) -> None:
