@@ -36,7 +36,7 @@ class MetadataPolicy:
     between them costs no more than another request would, and may be of use next."""
     request: int = 1 * MIB
     """Ranges are cut to pieces of at most this size: what is in one can be looked at when it has come."""
-    lanes: int = 16
+    lanes: int = 28
     """Pieces asked for at a time, in order: so a program that goes through the image meanwhile, mostly in the
     same order, meets what is there."""
     most: int = 128 * MIB
