@@ -21,8 +21,8 @@ PAUSE = 0.002
 is half a round trip."""
 REQUEST_COST = 0.0003
 """Seconds of the processor that a request takes: over a fast link, that is what it costs."""
-MANY_RATES = 8
-"""Samples that have a link's first burst, whatever was in its buffers, among a few."""
+WINDOW_SECONDS = 0.05
+"""Over which throughput is taken: longer than bytes wait for us."""
 SHORT_REQUEST = 0.02
 """Seconds within which the bytes of a request should come."""
 ROUND_TRIPS, RATES = 32, 32
@@ -37,6 +37,9 @@ class Link:
 
     _round_trips: deque[float] = attrs.field(factory=lambda: deque(maxlen=ROUND_TRIPS), init=False)
     _rates: deque[float] = attrs.field(factory=lambda: deque(maxlen=RATES), init=False)
+    _throughputs: deque[float] = attrs.field(factory=lambda: deque(maxlen=RATES), init=False)
+    _window_began: float | None = attrs.field(default=None, init=False)
+    _window_bytes: int = attrs.field(default=0, init=False)
     _last: float | None = attrs.field(default=None, init=False)
     _seconds: float = attrs.field(default=0.0, init=False)
     _bytes: int = attrs.field(default=0, init=False)
@@ -53,9 +56,9 @@ class Link:
         return self._bandwidth
 
     @property
-    def is_well_known(self) -> bool:
-        """Has so much come that its first burst counts no more?"""
-        return len(self._rates) >= MANY_RATES
+    def throughput(self) -> float | None:
+        """The most bytes a second that have really come of late, waits included: what can be counted on."""
+        return max(self._throughputs, default=None)
 
     @property
     def product(self) -> int | None:
@@ -85,6 +88,16 @@ class Link:
             return default
         return max(least, min(most, _power_of_two(max(product // parts, self._request_bytes))))
 
+    def _count(self, now: float, length: int) -> None:
+        if self._window_began is None:
+            self._window_began = now  # when these set out is not known
+            return
+        self._window_bytes += length
+        seconds = now - self._window_began
+        if seconds >= WINDOW_SECONDS:
+            self._throughputs.append(self._window_bytes / seconds)
+            self._window_began, self._window_bytes = now, 0
+
     @property
     def _request_bytes(self) -> int:
         """What comes while we make a request."""
@@ -101,6 +114,7 @@ class Link:
 
     def received(self, now: float, length: int) -> None:
         """So many bytes came now."""
+        self._count(now, length)
         last, self._last = self._last, now
         pause = max(PAUSE, min(self._round_trips, default=0.0) / 2)
         if last is None or now - last > pause:

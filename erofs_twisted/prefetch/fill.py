@@ -49,7 +49,7 @@ class Fill:
     queue: FetchQueue
     room: Callable[[], Deferred[int | None]]
     rate: int | None = None
-    held: bool = False
+    is_held: Callable[[], bool] = lambda: False
     """Is something else to be fetched first? What can be there at once is fetched all the same."""
     _paid_until: float = attrs.field(default=0.0, init=False)
     _log = Logger()
@@ -93,7 +93,7 @@ class Fill:
 
     async def _until_link_is_known(self) -> None:
         until = self.clock.seconds() + PATIENCE
-        while self.queue.link.bandwidth is None and self.clock.seconds() < until:
+        while self.queue.link.throughput is None and self.clock.seconds() < until:
             await deferLater(self.clock, LOOK)
 
     async def _fill(self, priority: Priority) -> None:
@@ -104,7 +104,7 @@ class Fill:
             nonlocal position
             while True:
                 urgency = min(priority, self._urgency())
-                if self.held and urgency is Priority.BACKGROUND:
+                if self.is_held() and urgency is Priority.BACKGROUND:
                     await deferLater(self.clock, LOOK)
                     continue
                 missing = self.source.next_missing(position, self._request_size(urgency))
@@ -124,11 +124,10 @@ class Fill:
 
     def _urgency(self) -> Priority:
         """How urgent the rest is: the sooner it can be there, the more."""
-        link = self.queue.link
-        seconds = None if self.rate is not None else link.seconds(self.source.bytes_missing)
+        throughput = None if self.rate is not None else self.queue.link.throughput
+        seconds = None if throughput is None else self.source.bytes_missing / max(throughput, 1.0)
         self.queue.hurries = seconds is not None and seconds <= SOON
-        at_once = seconds is not None and seconds <= AT_ONCE and link.is_well_known
-        return Priority.AHEAD if at_once else Priority.BACKGROUND
+        return Priority.AHEAD if seconds is not None and seconds <= AT_ONCE else Priority.BACKGROUND
 
     def _request_size(self, urgency: Priority) -> int:
         """In the background, what comes in about a round trip: a reader that comes meanwhile shares the link

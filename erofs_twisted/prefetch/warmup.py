@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from twisted.internet.defer import CancelledError, Deferred
@@ -29,6 +30,8 @@ class WarmUp:
         self._source = source
         self._running: list[Deferred[None]] = []
         self._traced = False
+        self._before_the_rest = 0
+        """How much is under way that goes first."""
 
     def follow(self, search: Awaitable[Trace | None]) -> None:
         """Fetch what a trace names, once it is found."""
@@ -39,8 +42,9 @@ class WarmUp:
         if not self._source.bytes_missing:
             return
         if not self._traced:  # the metadata that is needed is in the trace
-            self._run(self._fetch_metadata(superblock, fill), "the metadata")
+            self._run(self._fetch_metadata(superblock), "the metadata")
         if fill is not None:
+            fill.is_held = lambda: self._before_the_rest > 0
             self._run(fill.when_idle(), "the rest of the image")
 
     def stop(self) -> None:
@@ -76,13 +80,18 @@ class WarmUp:
                 bytes=trace.length,
                 digest=trace.digest,
             )
-            await self._source.prefetch_ranges(trace.ranges)
+            with self._first():
+                await self._source.prefetch_ranges(trace.ranges)
 
-    async def _fetch_metadata(self, superblock: Superblock, fill: Fill | None) -> None:
-        if fill is not None:
-            fill.held = True
-        try:
+    async def _fetch_metadata(self, superblock: Superblock) -> None:
+        with self._first():
             await prefetch_metadata(self._source, superblock, self._clock)
+
+    @contextmanager
+    def _first(self) -> Iterator[None]:
+        """All the rest is held up."""
+        self._before_the_rest += 1
+        try:
+            yield
         finally:
-            if fill is not None:
-                fill.held = False
+            self._before_the_rest -= 1

@@ -70,6 +70,18 @@ class MeasureTests(SynchronousTestCase):
         receive(link, 1e9, 10, start=10.0)
         self.assert_rate(12.5e6, link)
 
+    def test_throughput_is_what_came_in_all_with_the_waits(self) -> None:
+        link, now = Link(), 0.0
+        self.assertIsNone(link.throughput)
+        for _ in range(20):  # answers that had waited for us, all at once, every 25 ms
+            for _ in range(28):
+                link.received(now, 4096)
+                now += 0.0001
+            now += 0.025
+        assert link.throughput is not None and link.bandwidth is not None
+        self.assertLess(abs(link.throughput - 28 * 4096 / 0.0278), 1e6)
+        self.assertGreater(link.bandwidth, 5 * link.throughput)
+
     def test_a_link_that_became_slower_is_seen(self) -> None:
         link = known(0.025, 12.5e6)
         receive(link, 1e6, 10 * (RATES + 1), start=10.0)

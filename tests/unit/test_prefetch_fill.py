@@ -8,7 +8,7 @@ from twisted.internet.defer import CancelledError, Deferred, succeed
 from twisted.trial.unittest import SynchronousTestCase
 
 from erofs_twisted.blocks.cache import CorruptBlob
-from erofs_twisted.blocks.link import KIB, MANY_RATES, Link
+from erofs_twisted.blocks.link import KIB, Link
 from erofs_twisted.blocks.queue import BACKGROUND_LIMIT, QUIET, FetchQueue
 from erofs_twisted.blocks.source import BlobSource
 from erofs_twisted.errors import ReadError
@@ -33,7 +33,7 @@ class FillCase(SynchronousTestCase):
         long, where the test says no more."""
         self.queue.link = Link()
         self.queue.link.answered(REQUEST / bandwidth)
-        self.queue.link._rates.extend([bandwidth] * MANY_RATES)
+        self.queue.link._throughputs.append(bandwidth)
         self.queue.link._bandwidth = bandwidth
 
     def open(self, digest: str | None = None) -> None:
@@ -156,7 +156,7 @@ class UrgencyTests(FillCase):
 
     def test_held_up_it_waits_unless_all_can_be_there_at_once(self) -> None:
         fill = self.fill()
-        fill.held = True
+        fill.is_held = lambda: True
         self.begin(fill)
         self.clock.pump([LOOK] * 10)
         self.assertEqual([], self.origin.asked)
@@ -166,9 +166,9 @@ class UrgencyTests(FillCase):
 
     def test_let_go_it_goes_on(self) -> None:
         fill = self.fill()
-        fill.held = True
+        fill.is_held = lambda: True
         self.begin(fill)
-        fill.held = False
+        fill.is_held = lambda: False
         self.clock.advance(LOOK)
         self.assertEqual(BACKGROUND_LIMIT, len(self.origin.asked))
 

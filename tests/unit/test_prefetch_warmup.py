@@ -23,7 +23,7 @@ class WarmUpTests(SynchronousTestCase):
         self.patch(warmup, "prefetch_metadata", self.prefetch_metadata)
         self.source: Any = SimpleNamespace(bytes_missing=1 << 20, prefetch_ranges=self.prefetch_ranges)
         self.warm_up = warmup.WarmUp(Clock(), self.source)
-        self.fill: Any = SimpleNamespace(when_idle=self.when_idle, held=False)
+        self.fill: Any = SimpleNamespace(when_idle=self.when_idle)
 
     def prefetch_metadata(self, *_: object) -> Deferred[int]:
         self.done.append("metadata")
@@ -31,7 +31,8 @@ class WarmUpTests(SynchronousTestCase):
 
     def prefetch_ranges(self, ranges: object) -> Deferred[None]:
         self.done.append(f"trace {ranges}")
-        return succeed(None)
+        self.traced: Deferred[None] = Deferred()
+        return self.traced
 
     async def when_idle(self) -> None:
         self.done.append("fill")
@@ -41,9 +42,9 @@ class WarmUpTests(SynchronousTestCase):
 
     def test_the_metadata_holds_up_the_rest(self) -> None:
         self.begin()
-        self.assertEqual((["metadata", "fill"], True), (self.done, self.fill.held))
+        self.assertEqual((["metadata", "fill"], True), (self.done, self.fill.is_held()))
         self.metadata.callback(0)
-        self.assertFalse(self.fill.held)
+        self.assertFalse(self.fill.is_held())
 
     def test_without_a_fill_that_is_all(self) -> None:
         self.begin(fill=False)
@@ -54,6 +55,13 @@ class WarmUpTests(SynchronousTestCase):
         self.warm_up.follow(succeed(TRACE))
         self.begin()
         self.assertEqual([f"trace {TRACE.ranges}", "fill"], self.done)
+
+    def test_a_trace_holds_up_the_rest_too(self) -> None:
+        self.warm_up.follow(succeed(TRACE))
+        self.begin()
+        self.assertTrue(self.fill.is_held())
+        self.traced.callback(None)
+        self.assertFalse(self.fill.is_held())
 
     def test_a_trace_that_is_found_late_is_fetched_beside_the_metadata(self) -> None:
         search: Deferred[Trace | None] = Deferred()
@@ -75,7 +83,7 @@ class WarmUpTests(SynchronousTestCase):
     def test_what_cannot_be_had_is_no_failure(self) -> None:
         self.begin()
         self.metadata.errback(ReadError("the registry is down"))
-        self.assertFalse(self.fill.held)
+        self.assertFalse(self.fill.is_held())
 
     def test_a_bug_reaches_the_log(self) -> None:
         self.begin()
