@@ -22,6 +22,7 @@ from erofs_twisted.options import ImageConfig
 from erofs_twisted.prefetch.fill import Fill
 from erofs_twisted.prefetch.warmup import WarmUp
 from erofs_twisted.registry.manifest import Descriptor, ResolvedImage
+from erofs_twisted.registry.reference import LayoutReference
 from erofs_twisted.registry.store import open_store
 from erofs_twisted.tracing import Recording, find_trace
 
@@ -206,12 +207,19 @@ async def open_image(reactor: Any, pool: ThreadPool, config: ImageConfig) -> Ope
         export = recording.of(export)
     warm_up = WarmUp(reactor, source)
     fill = Fill(reactor, source, queue, directory.room, config.fill_rate)
-    image = OpenImage(resolved, export, source, store, warm_up, fill, config.fill, recording)
+    image = OpenImage(resolved, export, source, store, warm_up, fill, fill_mode(config), recording)
     if config.trace != "off" and missing:
         # A mount that finds something in the cache asks the registry for no trace: what is there was one.
         search = find_trace(store, str(config.cache_dir), resolved, layer, ask=missing == layer.size)
         warm_up.follow(search)
     return image
+
+
+def fill_mode(config: ImageConfig) -> str:
+    """When to fetch the rest of an image: of one that lies on a disk here, a copy is of no use."""
+    if config.fill == "auto" and isinstance(config.reference, LayoutReference):
+        return "off"
+    return config.fill
 
 
 def joined(segments: Sequence[Segment]) -> bytes:

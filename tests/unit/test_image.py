@@ -7,8 +7,9 @@ from twisted.trial.unittest import SynchronousTestCase
 from zope.interface.verify import verifyObject
 
 from erofs_twisted.errors import ReadError
-from erofs_twisted.image import BlobExport, LayerError, choose_layer
+from erofs_twisted.image import BlobExport, LayerError, choose_layer, fill_mode
 from erofs_twisted.interfaces import IExport
+from erofs_twisted.options import read_image_config
 from erofs_twisted.registry.digest import Digest
 from erofs_twisted.registry.manifest import OCI_MANIFEST, Descriptor, Manifest, ResolvedImage
 from erofs_twisted.registry.reference import parse_reference
@@ -64,6 +65,17 @@ class ChooseLayerTests(SynchronousTestCase):
 
     def test_an_image_without_layers_is_refused(self) -> None:
         self.assertIn("has no layers", self.refused(image()))
+
+
+class FillModeTests(SynchronousTestCase):
+    def mode(self, image: str, fill: str | None) -> str:
+        return fill_mode(read_image_config(image, {"fill": fill}))
+
+    def test_an_image_of_a_registry_is_filled_in(self) -> None:
+        self.assertEqual("auto", self.mode("registry.example/app", None))
+
+    def test_an_image_on_a_disk_is_copied_only_when_that_is_asked_for(self) -> None:
+        self.assertEqual(["off", "off", "full"], [self.mode("oci:/layout", f) for f in (None, "off", "full")])
 
 
 class Source:
