@@ -20,6 +20,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from zope.interface import implementer
 
 from erofs_twisted.blocks.cache import CacheDirectory
+from erofs_twisted.blocks.chunks import chunk_size_for
 from erofs_twisted.blocks.readahead import ByteRange
 from erofs_twisted.blocks.source import BlobSource
 from erofs_twisted.device.fuse import FuseConnector
@@ -121,7 +122,7 @@ class SimulatedLinkTests(SynchronousTestCase):
         """Seconds, bytes and requests that it takes."""
         clock = ThreadlessReactor()
         origin = LinkOrigin(image, clock)
-        cached = open_cached(self.mktemp(), image, reactor=clock)
+        cached = open_cached(self.mktemp(), image, reactor=clock, chunk_size=chunk_size_for(len(image)))
         source = BlobSource(origin, cached, clock)
         self.addCleanup(source.close)
         done = ensureDeferred(prefetch_metadata(source, Superblock.parse(image[:4096], len(image)), clock))
