@@ -165,7 +165,9 @@ class BlobReader:
                 turn.answered()
                 raise BlobUnreadable(f"{self._rest(transfer)} cannot be read: {error}") from error
             remaining = transfer.remaining(self._io_timeout)
-            turn.failed(error, remaining, self._backoff)
+            if transfer.position == before:
+                # A registry that sends something is not down, however many answers break off at a time.
+                turn.failed(error, remaining, self._backoff)
             if remaining <= 0:
                 raise self._given_up(transfer, error) from error
             return error
