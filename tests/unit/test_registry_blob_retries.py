@@ -34,6 +34,25 @@ class RetryTests(BlobTests):
         self.agent.last.respond_range(BLOB)
         self.expect(done, 100, 50)
 
+    def test_however_many_bodies_break_off_at_once_the_registry_is_not_taken_to_be_down(self) -> None:
+        first_of_all = self.read(0, 10)
+        self.agent.last.respond_range(BLOB)
+        self.successResultOf(first_of_all)
+        reads = [self.read(100 * number, 50) for number in range(10)]
+        answers = []
+        for number, request in enumerate(self.agent.requests[1:]):
+            first = 100 * number
+            answers.append(request.respond(206, None, Content_Range=f"bytes {first}-{first + 49}/1024"))
+        for number, answer in enumerate(answers):
+            answer.send(BLOB[100 * number : 100 * number + 10])
+            answer.break_off()
+        self.clock.advance(0.25)
+        self.assertEqual(1 + 20, len(self.agent.requests), "each goes on by itself")
+        for request in self.agent.requests[11:]:
+            request.respond_range(BLOB)
+        for done in reads:
+            self.assertIsNone(self.successResultOf(done))
+
     def test_a_read_goes_on_where_its_body_ended_too_early(self) -> None:
         done = self.read(100, 50)
         response = self.partial(30)
