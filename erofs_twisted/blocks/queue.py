@@ -159,6 +159,9 @@ class FetchQueue:
                 self._timer.cancel()
                 self._timer = None
             return
+        if self._timer is not None and self._timer.getTime() > self._clock.seconds() + delay:
+            self._timer.cancel()
+            self._timer = None
         if self._timer is None:
             self._timer = self._clock.callLater(delay, self._look_again)
 

@@ -169,6 +169,16 @@ class ElsewhereTests(QueueCase):
         self.assertEqual([], self.asked)
         self.assertEqual([], self.clock.getDelayedCalls()[1:], "only the flush is still to come")
 
+    def test_a_background_that_waits_does_not_delay_the_look(self) -> None:
+        self.read(0)
+        self.origin.transfers[0].finish()
+        self.fill(8, 12)
+        self.theirs = {3}
+        answer = self.read(3)
+        self.brought = {3}
+        self.clock.advance(ELSEWHERE_POLL)
+        self.assert_read(3, answer)
+
     def test_what_it_leaves_is_fetched(self) -> None:
         self.theirs = {3, 4}
         answer = self.source.read(3 * CHUNK, 2 * CHUNK)
