@@ -17,7 +17,8 @@ from typing import Any
 from twisted.internet import reactor as global_reactor
 from twisted.internet.endpoints import serverFromString
 from twisted.web.http import Request
-from twisted.web.resource import IResource, NoResource, Resource
+from twisted.web.pages import notFound
+from twisted.web.resource import IResource, Resource
 from twisted.web.server import Site
 from twisted.web.static import Data, File
 
@@ -36,21 +37,21 @@ class Registry(Resource):
         words = [path.decode(), *(word.decode() for word in request.postpath)]
         request.postpath[:] = []
         if words[0] != "v2" or "/".join(words[1:-2]) != self._name:
-            return Data(b"{}", "application/json") if words == ["v2", ""] else NoResource()
+            return Data(b"{}", "application/json") if words == ["v2", ""] else notFound()
         kind, reference = words[-2:]
-        return {"manifests": self._manifest, "blobs": self._blob}.get(kind, lambda _: NoResource())(reference)
+        return {"manifests": self._manifest, "blobs": self._blob}.get(kind, lambda _: notFound())(reference)
 
     def _manifest(self, reference: str) -> IResource:
         index = json.loads((self._layout / "index.json").read_bytes())
         for entry in index["manifests"]:
             if reference in (entry["digest"], entry.get("annotations", {}).get(REF_NAME)):
                 return self._blob(entry["digest"], entry["mediaType"])
-        return NoResource()
+        return notFound()
 
     def _blob(self, digest: str, media_type: str = "application/octet-stream") -> IResource:
         algorithm, _, encoded = digest.partition(":")
         if not (algorithm.isalnum() and encoded.isalnum()):
-            return NoResource()
+            return notFound()
         return File(str(self._layout / "blobs" / algorithm / encoded), defaultType=media_type)
 
 
