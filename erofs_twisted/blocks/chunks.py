@@ -62,9 +62,9 @@ class Chunking:
         end = self.start(first) + length
         return self.count if end == self.size else end >> self.bits
 
-    def length(self, chunk: int) -> int:
-        """Bytes of a chunk."""
-        return self.start(chunk + 1) - self.start(chunk)
+    def length(self, first: int, end: int | None = None) -> int:
+        """Bytes of the chunks [first, end); of one chunk, where no end is given."""
+        return self.start(first + 1 if end is None else end) - self.start(first)
 
 
 class ChunkMap:

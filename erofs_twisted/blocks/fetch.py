@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import attrs
@@ -41,6 +41,10 @@ class FetchOwner(Protocol):
 
     def fetch_ended(self, fetch: Fetch) -> None:
         """A fetch that had started runs no more, for whatever reason."""
+
+
+Watch = Callable[["Fetch", int], None]
+"""Is told that so many bytes of a fetch came."""
 
 
 @attrs.define(eq=False)
@@ -85,7 +89,7 @@ class Fetch:
 
     def before(self, chunk: int) -> int:
         """Bytes still to come until ``chunk`` does, one of [first, end]."""
-        return self._chunking.start(chunk) - self._chunking.start(self.first) - self._received
+        return self._chunking.length(self.first, chunk) - self._received
 
     def can_grow(self, end: int, priority: Priority) -> bool:
         """Can more chunks be added at ``end``, which are as urgent?"""
@@ -141,8 +145,7 @@ class Fetch:
         first, end = self.first, self._chunking.whole(self.first, self._received)
         if first == end:
             return
-        length = self._chunking.start(end) - self._chunking.start(first)
-        pieces, rest = self._pieces, self._received - length
+        pieces, rest = self._pieces, self._received - self._chunking.length(first, end)
         self.first, self._pieces, self._received = end, [], rest
         if rest:
             # All of them were one chunk's before the last piece came.
@@ -155,10 +158,3 @@ class Fetch:
             return
         self.cancel()
         self.owner.fetch_failed(self, error)
-
-
-class Watch(Protocol):
-    """Sees each piece as it comes."""
-
-    def __call__(self, fetch: Fetch, length: int) -> None:
-        """``length`` bytes of ``fetch`` came."""

@@ -88,21 +88,6 @@ class Link:
             return default
         return max(least, min(most, _power_of_two(max(product // parts, self._request_bytes))))
 
-    def _count(self, now: float, length: int) -> None:
-        if self._window_began is None:
-            self._window_began = now  # when these set out is not known
-            return
-        self._window_bytes += length
-        seconds = now - self._window_began
-        if seconds >= WINDOW_SECONDS:
-            self._throughputs.append(self._window_bytes / seconds)
-            self._window_began, self._window_bytes = now, 0
-
-    @property
-    def _request_bytes(self) -> int:
-        """What comes while we make a request."""
-        return int((self._bandwidth or 0.0) * REQUEST_COST)
-
     def seconds(self, length: int, sharers: int = 1) -> float | None:
         """How long ``length`` bytes take, where so many transfers share the link."""
         bandwidth = self.bandwidth
@@ -127,6 +112,21 @@ class Link:
             # Some are too high, of bytes that had waited for this process or in a burst, and some too low, of
             # answers that were all short.
             self._bandwidth = sorted(self._rates)[len(self._rates) // 2]
+
+    def _count(self, now: float, length: int) -> None:
+        if self._window_began is None:
+            self._window_began = now  # when these set out is not known
+            return
+        self._window_bytes += length
+        seconds = now - self._window_began
+        if seconds >= WINDOW_SECONDS:
+            self._throughputs.append(self._window_bytes / seconds)
+            self._window_began, self._window_bytes = now, 0
+
+    @property
+    def _request_bytes(self) -> int:
+        """What comes while we make a request."""
+        return int((self._bandwidth or 0.0) * REQUEST_COST)
 
 
 def _power_of_two(number: int) -> int:

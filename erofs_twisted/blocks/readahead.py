@@ -35,8 +35,8 @@ class Windows:
     """Sizes in bytes; powers of two."""
 
     neighbourhood: int = 128 * KIB
-    """A read that belongs to no stream fetches the aligned blocks of this size that it touches, until the
-    link is known."""
+    """A read that belongs to no stream fetches the aligned block of this size that it lies in, or as much
+    from its start on, until the link is known."""
     initial: int = 256 * KIB
     maximum: int = 4 * MIB
     """A stream's window: how far it is read ahead of its reader, from the first continuation to the most; on

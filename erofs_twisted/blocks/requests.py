@@ -112,6 +112,10 @@ class Requests:
         for start in range(first, end, step):
             yield start, min(start + step, end)
 
+    def are_short(self, first: int, end: int) -> bool:
+        """Are the chunks [first, end) few enough for one request?"""
+        return (end - first) << self._chunking.bits <= self._queue.link.longest
+
     def may_start(self, fetch: Fetch) -> bool:
         """See `erofs_twisted.blocks.fetch.FetchOwner`."""
         runs = self._runs_of(fetch)
@@ -134,7 +138,7 @@ class Requests:
 
     def chunks_fetched(self, fetch: Fetch, first: int, end: int, pieces: Sequence[memoryview]) -> None:
         """See `erofs_twisted.blocks.fetch.FetchOwner`."""
-        length = self._chunking.start(end) - self._chunking.start(first)
+        length = self._chunking.length(first, end)
         self.bytes_fetched += length
         if not self._settle(first, end):
             return  # another fetch was faster
@@ -154,7 +158,7 @@ class Requests:
             return
         self._log.warn(
             "{length} bytes of {digest} at {offset} could not be fetched: {error}",
-            length=self._chunking.start(fetch.end) - self._chunking.start(fetch.first),
+            length=self._chunking.length(fetch.first, fetch.end),
             digest=self._cached.digest,
             offset=self._chunking.start(fetch.first),
             error=error,
@@ -193,8 +197,7 @@ class Requests:
         is_background = fetch.priority is Priority.BACKGROUND
         link, running = self._queue.link, self._queue.running
         wait, round_trip = link.seconds(before, running), link.round_trip
-        length = self._chunking.start(end) - self._chunking.start(chunk)
-        again = link.seconds(length, running + 1)
+        again = link.seconds(self._chunking.length(chunk, end), running + 1)
         if wait is None or again is None or round_trip is None:
             return is_background and before > ALMOST
         return wait > round_trip + again + (0.0 if is_background else FAR)
@@ -216,7 +219,7 @@ class Requests:
             self._fetch_whole([(first, end)])
             return
         newest = self._newest
-        if newest is not None and newest.can_grow(first, priority) and self._are_short(newest.first, end):
+        if newest is not None and newest.can_grow(first, priority) and self.are_short(newest.first, end):
             # A neighbour that still waits for its turn: both are asked for in one.
             newest.end = end
             fetch = newest
@@ -224,10 +227,6 @@ class Requests:
             self._newest = fetch = Fetch(first, end, priority, self, self._reader, self._chunking)
             self._queue.add(fetch)
         self._fetches.update(dict.fromkeys(range(first, end), fetch))
-
-    def _are_short(self, first: int, end: int) -> bool:
-        """Are the chunks [first, end) few enough for one request?"""
-        return (end - first) << self._chunking.bits <= self._queue.link.longest
 
     def _fetch_whole(self, wanted: Sequence[tuple[int, int]]) -> None:
         """From an origin that ignores ranges: all of the blob at once, for everything that is missing."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -114,8 +113,7 @@ class BlobSource:
         if length <= 0:
             return succeed(None)
         first, end = self._chunking.span(offset, length)
-        cuts = list(itertools.islice(self._requests.cuts(first, end), 2))
-        if len(cuts) == 1:
+        if self._requests.are_short(first, end):
             if self._chunks.present(first, end):
                 return succeed(None)
             return self._wait(offset, length, priority, ()).addCallback(lambda _: None)
@@ -251,8 +249,7 @@ class BlobSource:
         async def fetch_in_turn() -> None:
             for start, stop in cuts:
                 if not self._chunks.present(start, stop):
-                    offset = self._chunking.start(start)
-                    length = self._chunking.start(stop) - offset
+                    offset, length = self._chunking.start(start), self._chunking.length(start, stop)
                     await self._wait(offset, length, priority, advice=())
 
         await in_lanes(lanes, fetch_in_turn)

@@ -84,8 +84,7 @@ def _look(entry: Entry) -> Blob:
         chunks = ChunkMap.from_marks(marks, with_fresh=state.boot == boot_id())
     except ValueError as error:
         raise DamagedFile(f"its map is none: {error}") from error
-    start = identity.chunking.start
-    present = sum(start(end) - start(first) for first, end in chunks.runs_present(0, len(chunks)))
+    present = sum(identity.chunking.length(*run) for run in chunks.runs_present(0, len(chunks)))
     if state.poisoned:
         return Blob(entry, Holding.CORRUPT, identity, present, "its digest was found to be wrong")
     if not chunks.complete:
