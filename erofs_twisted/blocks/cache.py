@@ -15,7 +15,7 @@ from twisted.internet.defer import Deferred
 from twisted.internet.threads import deferToThreadPool
 from twisted.logger import Logger
 
-from erofs_twisted.blocks.cached import CachedBlob, CorruptBlob
+from erofs_twisted.blocks.cached import CachedBlob
 from erofs_twisted.blocks.cachefiles import CacheError, CacheFiles
 from erofs_twisted.blocks.chunks import MAX_CHUNK_SIZE, Chunking, chunk_size_for
 from erofs_twisted.blocks.header import BlobIdentity
@@ -23,8 +23,6 @@ from erofs_twisted.registry.digest import Digest
 
 if TYPE_CHECKING:
     from twisted.python.threadpool import ThreadPool
-
-__all__ = ["CacheDirectory", "CacheError", "CachedBlob", "CorruptBlob"]
 
 BUDGET = 256 << 20
 """The most bytes that are stored before the directory is looked at again."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 
-from erofs_twisted.blocks.cache import CachedBlob
+from erofs_twisted.blocks.cached import CachedBlob
 from erofs_twisted.blocks.fetch import Fetch, Priority
 from erofs_twisted.blocks.link import KIB
 from erofs_twisted.blocks.queue import FetchQueue

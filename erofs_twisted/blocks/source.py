@@ -9,7 +9,7 @@ import attrs
 from twisted.internet.defer import Deferred, fail, succeed
 from twisted.internet.interfaces import IReactorTime
 
-from erofs_twisted.blocks.cache import CachedBlob
+from erofs_twisted.blocks.cached import CachedBlob
 from erofs_twisted.blocks.chunks import ChunkMap
 from erofs_twisted.blocks.fetch import Priority
 from erofs_twisted.blocks.lanes import in_lanes

@@ -10,7 +10,7 @@ from twisted.internet.defer import Deferred
 from twisted.internet.task import deferLater
 from twisted.logger import Logger
 
-from erofs_twisted.blocks.cache import CorruptBlob
+from erofs_twisted.blocks.cached import CorruptBlob
 from erofs_twisted.blocks.fetch import Priority
 from erofs_twisted.blocks.lanes import in_lanes
 from erofs_twisted.blocks.link import KIB, MIB

@@ -13,7 +13,8 @@ from twisted.internet.task import Clock
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from erofs_twisted.blocks.cache import CachedBlob, CacheDirectory
+from erofs_twisted.blocks.cache import CacheDirectory
+from erofs_twisted.blocks.cached import CachedBlob
 from erofs_twisted.interfaces import Delivery, IBlobReader
 
 

@@ -12,8 +12,9 @@ from twisted.logger import LogLevel, globalLogPublisher
 from twisted.trial.unittest import SynchronousTestCase
 
 from erofs_twisted.blocks import blobfile, header
-from erofs_twisted.blocks.cache import CachedBlob, CacheDirectory, CacheError, CorruptBlob
-from erofs_twisted.blocks.cached import FLUSH_SECONDS
+from erofs_twisted.blocks.cache import CacheDirectory
+from erofs_twisted.blocks.cached import FLUSH_SECONDS, CachedBlob, CorruptBlob
+from erofs_twisted.blocks.cachefiles import CacheError
 from erofs_twisted.blocks.chunks import FRESH, PRESENT
 from erofs_twisted.blocks.header import TRAILER_SIZE, VERSION
 from erofs_twisted.errors import ReadError

@@ -22,7 +22,7 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from erofs_twisted.blocks import blobfile
 from erofs_twisted.blocks.blobfile import BlobFile
-from erofs_twisted.blocks.cache import CachedBlob
+from erofs_twisted.blocks.cached import CachedBlob
 from erofs_twisted.blocks.chunks import Chunking, ChunkMap
 from erofs_twisted.blocks.header import BlobIdentity, DamagedFile
 from erofs_twisted.registry.digest import Digest

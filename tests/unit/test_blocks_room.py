@@ -13,8 +13,9 @@ from twisted.logger import LogLevel, globalLogPublisher
 from twisted.trial.unittest import SynchronousTestCase
 
 from erofs_twisted.blocks import blobfile, cachefiles
-from erofs_twisted.blocks.cache import LOOK_SECONDS, CachedBlob, CacheDirectory, CacheError
-from erofs_twisted.blocks.cachefiles import RESERVE_MOST, Entry
+from erofs_twisted.blocks.cache import LOOK_SECONDS, CacheDirectory
+from erofs_twisted.blocks.cached import CachedBlob
+from erofs_twisted.blocks.cachefiles import RESERVE_MOST, CacheError, Entry
 from tests.unit.blobs import ThreadlessPool, ThreadlessReactor, blob, digest_of
 
 CHUNK = 4096

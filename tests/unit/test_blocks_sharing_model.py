@@ -21,8 +21,7 @@ from hypothesis.stateful import (
 from twisted.trial.unittest import SynchronousTestCase
 
 from erofs_twisted.blocks import blobfile
-from erofs_twisted.blocks.cache import CachedBlob
-from erofs_twisted.blocks.cached import FLUSH_SECONDS
+from erofs_twisted.blocks.cached import FLUSH_SECONDS, CachedBlob
 from tests.unit.blobs import ThreadlessReactor, open_cached
 from tests.unit.test_blocks_crash import (
     CHUNK,

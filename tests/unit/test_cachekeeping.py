@@ -16,8 +16,8 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from erofs_twisted import cachekeeping
 from erofs_twisted.blocks import blobfile, header, survey
-from erofs_twisted.blocks.cache import CachedBlob, CacheDirectory, CorruptBlob
-from erofs_twisted.blocks.cached import FLUSH_SECONDS
+from erofs_twisted.blocks.cache import CacheDirectory
+from erofs_twisted.blocks.cached import FLUSH_SECONDS, CachedBlob, CorruptBlob
 from erofs_twisted.blocks.header import TRAILER_SIZE, VERSION
 from erofs_twisted.cli import commands
 from erofs_twisted.errors import ErofsTwistedError

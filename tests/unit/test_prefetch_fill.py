@@ -7,7 +7,7 @@ from typing import Any
 from twisted.internet.defer import CancelledError, Deferred, succeed
 from twisted.trial.unittest import SynchronousTestCase
 
-from erofs_twisted.blocks.cache import CorruptBlob
+from erofs_twisted.blocks.cached import CorruptBlob
 from erofs_twisted.blocks.link import KIB, Link
 from erofs_twisted.blocks.queue import BACKGROUND_LIMIT, QUIET, FetchQueue
 from erofs_twisted.blocks.source import BlobSource
