@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from typing import Any
 
 import attrs
@@ -19,6 +20,7 @@ from erofs_twisted.erofs.superblock import Superblock
 from erofs_twisted.errors import MountError
 from erofs_twisted.interfaces import FileSpan, IExport, IImageStore, Segment
 from erofs_twisted.options import ImageConfig
+from erofs_twisted.pool import SystemCallPool
 from erofs_twisted.prefetch.fill import Fill
 from erofs_twisted.prefetch.warmup import WarmUp
 from erofs_twisted.registry.manifest import Descriptor, ResolvedImage
@@ -179,6 +181,25 @@ def store_of(reactor: Any, pool: ThreadPool, config: ImageConfig) -> IImageStore
         cache_dir=str(config.cache_dir),
         pool=pool,
     )
+
+
+@asynccontextmanager
+async def resolved_in_store(
+    reactor: Any, config: ImageConfig
+) -> AsyncIterator[tuple[IImageStore, ResolvedImage]]:
+    """An image's store, for a while and with threads of its own, and what the store says of the image.
+
+    Raises what the store raises.
+    """
+    pool = SystemCallPool(reactor)
+    try:
+        store = store_of(reactor, pool, config)
+        try:
+            yield store, await store.resolve(config.platform)
+        finally:
+            await store.close()
+    finally:
+        await pool.stop()
 
 
 async def open_image(reactor: Any, pool: ThreadPool, config: ImageConfig) -> OpenImage:

@@ -8,9 +8,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from erofs_twisted.image import is_erofs, store_of
+from erofs_twisted.image import is_erofs, resolved_in_store
 from erofs_twisted.options import ImageConfig
-from erofs_twisted.pool import SystemCallPool
 from erofs_twisted.registry.manifest import ResolvedImage
 
 WIDTH = 240
@@ -19,16 +18,8 @@ WIDTH = 240
 
 async def resolve(reactor: Any, config: ImageConfig) -> ResolvedImage:
     """Ask the image's origin. Raises what its store raises."""
-    pool = SystemCallPool(reactor)
-    try:
-        store = store_of(reactor, pool, config)
-        try:
-            resolved: ResolvedImage = await store.resolve(config.platform)
-            return resolved
-        finally:
-            await store.close()
-    finally:
-        await pool.stop()
+    async with resolved_in_store(reactor, config) as (_, resolved):
+        return resolved
 
 
 def as_dict(image: ResolvedImage) -> dict[str, Any]:

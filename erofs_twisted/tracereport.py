@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import Any
 
 import click
@@ -11,12 +9,9 @@ import click
 from erofs_twisted.blocks.trace import Trace
 from erofs_twisted.blocks.tracefile import TraceFiles
 from erofs_twisted.errors import MountError
-from erofs_twisted.image import choose_layer, store_of
-from erofs_twisted.interfaces import IImageStore
+from erofs_twisted.image import choose_layer, resolved_in_store
 from erofs_twisted.options import ImageConfig
-from erofs_twisted.pool import SystemCallPool
 from erofs_twisted.registry.digest import Digest
-from erofs_twisted.registry.manifest import Descriptor, ResolvedImage
 from erofs_twisted.tracing import find_trace, publish_trace
 
 REQUEST = 1024 * 1024
@@ -25,7 +20,8 @@ REQUEST = 1024 * 1024
 
 async def find(reactor: Any, config: ImageConfig) -> Trace:
     """The trace that a mount would use. Raises `MountError` where there is none."""
-    async with _opened(reactor, config) as (store, resolved, layer):
+    async with resolved_in_store(reactor, config) as (store, resolved):
+        layer = choose_layer(resolved, config.layer)
         trace = await find_trace(store, str(config.cache_dir), resolved, layer)
     if trace is None:
         raise MountError(
@@ -38,29 +34,14 @@ async def find(reactor: Any, config: ImageConfig) -> Trace:
 async def push(reactor: Any, config: ImageConfig) -> Digest:
     """Push the trace in the cache; the digest of its manifest. Raises `MountError`, `RegistryError`."""
     files = TraceFiles(str(config.cache_dir))
-    async with _opened(reactor, config) as (store, resolved, layer):
+    async with resolved_in_store(reactor, config) as (store, resolved):
+        layer = choose_layer(resolved, config.layer)
         trace = files.load(layer.digest, layer.size)
         if trace is None:
             raise MountError(
                 f"there is no {files.path(layer.digest)} (--cache-dir); 'erofs-nbd trace record' makes it"
             )
         return await publish_trace(store, resolved, trace, files.saved_at(layer.digest))
-
-
-@asynccontextmanager
-async def _opened(
-    reactor: Any, config: ImageConfig
-) -> AsyncIterator[tuple[IImageStore, ResolvedImage, Descriptor]]:
-    pool = SystemCallPool(reactor)
-    try:
-        store = store_of(reactor, pool, config)
-        try:
-            resolved = await store.resolve(config.platform)
-            yield store, resolved, choose_layer(resolved, config.layer)
-        finally:
-            await store.close()
-    finally:
-        await pool.stop()
 
 
 def summary(trace: Trace, path: str) -> str:
