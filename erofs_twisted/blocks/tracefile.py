@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from datetime import UTC, datetime
 
 import attrs
 from twisted.logger import Logger
 
 from erofs_twisted.blocks.trace import MAX_ENCODED, InvalidTrace, Trace
+from erofs_twisted.files import replace_file
 
 DIRECTORY = "traces"
 
@@ -48,19 +48,7 @@ class TraceFiles:
 
         Raises OSError.
         """
-        path = self.path(trace.digest)
-        os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(prefix=".", dir=os.path.dirname(path))
-        try:
-            with open(descriptor, "wb") as file:
-                file.write(trace.encode())
-                file.flush()
-                if durable:
-                    os.fsync(file.fileno())
-            os.rename(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        replace_file(self.path(trace.digest), trace.encode(), durable=durable)
 
     def saved_at(self, digest: str) -> datetime:
         """When the trace of a blob was put there. Raises OSError."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from contextlib import suppress
 from typing import Any
 
@@ -12,6 +11,7 @@ from twisted.internet.threads import deferToThreadPool
 from twisted.logger import Logger
 from twisted.python.threadpool import ThreadPool
 
+from erofs_twisted.files import replace_file
 from erofs_twisted.registry.digest import Digest
 from erofs_twisted.registry.errors import DigestMismatch
 from erofs_twisted.registry.manifest import MAX_MANIFEST
@@ -76,16 +76,8 @@ def _write(path: str, document: Document) -> None:
     media_type = document.media_type.encode("ascii", "replace")
     if len(media_type) > _MAX_MEDIA_TYPE or b"\n" in media_type:
         return
-    os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
-    fd, temporary = tempfile.mkstemp(prefix=".", dir=os.path.dirname(path))
-    try:
-        with open(fd, "wb") as file:
-            # Not synced: somebody waits for the mount, and what a crash leaves of it is checked.
-            file.write(media_type + b"\n" + document.data)
-        os.rename(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    # Not durable: somebody waits for the mount, and what a crash leaves of it is checked.
+    replace_file(path, media_type + b"\n" + document.data, durable=False)
 
 
 def discard_documents(cache_dir: str, before: float) -> None:

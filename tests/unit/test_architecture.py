@@ -104,6 +104,7 @@ FLOORS: dict[int, list[str]] = {
         "device.nbd",
         "device.fuse",
         "syscalls",
+        "files",
         "pool",
         "device.netlink",
         "device.driver",
@@ -124,7 +125,7 @@ FLOORS: dict[int, list[str]] = {
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 ROOTS = {"", "errors", "interfaces"}
-CORRIDOR = {"syscalls", "pool"}
+CORRIDOR = {"syscalls", "pool", "files"}
 """Of floor 1, and open to all of its rooms."""
 NO_IO = {"twisted", "treq", "socket", "os", "time", "threading", "subprocess", "asyncio", "select"}
 
