@@ -137,17 +137,14 @@ class Session:
         used = await self._authorizer.authorization()
         response = await ask(method, url, _authorized(headers, used), seconds, body)
         expired = response.code == 403 and used is not None and used.startswith("Bearer ")
-        if response.code == 403 and used is not None and not expired:
-            if not await self._authorizer.has_newer(used):
-                return response
+        if response.code == 401 or expired:
+            challenges = response.headers.getRawHeaders("WWW-Authenticate", [])
             await discard(response, self.transport.clock, seconds)
-            renewed = await self._authorizer.authorization()
-            return await ask(method, url, _authorized(headers, renewed), seconds, body)
-        if response.code != 401 and not expired:
+            await self._authorizer.renew(challenges, used)
+        elif response.code == 403 and used is not None and await self._authorizer.has_newer(used):
+            await discard(response, self.transport.clock, seconds)
+        else:
             return response
-        challenges = response.headers.getRawHeaders("WWW-Authenticate", [])
-        await discard(response, self.transport.clock, seconds)
-        await self._authorizer.renew(challenges, used)
         renewed = await self._authorizer.authorization()
         return await ask(method, url, _authorized(headers, renewed), seconds, body)
 
