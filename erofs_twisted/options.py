@@ -20,7 +20,12 @@ from erofs_twisted.device.settings import NBDSettings
 from erofs_twisted.errors import ErofsTwistedError
 from erofs_twisted.mount.options import MountOptions
 from erofs_twisted.registry.credentials import Credentials
-from erofs_twisted.registry.dockerconfig import LoginFiles, parse_docker_config, standard_files
+from erofs_twisted.registry.dockerconfig import (
+    MAX_CONFIG,
+    LoginFiles,
+    parse_docker_config,
+    standard_files,
+)
 from erofs_twisted.registry.platform import Platform
 from erofs_twisted.registry.reference import ImageReference, LayoutReference, parse_reference
 
@@ -30,7 +35,6 @@ Values = Mapping[str, str | bool | None]
 Read = TypeVar("Read")
 
 MAX_PASSWORD = 64 * 1024
-MAX_LOGIN_FILE = 1 << 20
 
 
 class OptionError(ErofsTwistedError):
@@ -265,7 +269,7 @@ def _login_file(path: str) -> LoginFiles:
         raise ValueError(f"{path}: not a file, which could be read again when it changes")
     try:
         with open(path, "rb") as file:
-            parse_docker_config(file.read(MAX_LOGIN_FILE))
+            parse_docker_config(file.read(MAX_CONFIG))
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from error
     except ErofsTwistedError as error:

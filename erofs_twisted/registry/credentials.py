@@ -17,6 +17,10 @@ LOG_IN = "log in (docker login, podman login, --auth-file), or give --username a
 """The cure, for messages."""
 
 
+TOKEN_USER = "<token>"
+"""The user name that says that the password is an identity token."""
+
+
 def _hidden(_: object) -> str:
     return "…"
 

@@ -16,14 +16,20 @@ from typing import Any
 
 import attrs
 
-from erofs_twisted.registry.credentials import Credentials, Identity, IdentityToken, RegistryToken
+from erofs_twisted.registry.credentials import (
+    TOKEN_USER,
+    Credentials,
+    Identity,
+    IdentityToken,
+    RegistryToken,
+)
 from erofs_twisted.registry.errors import AccessDenied, RegistryError
 from erofs_twisted.registry.reference import DOCKER_HUB, DOCKER_HUB_API
 
 HUB_SERVER = f"https://index.{DOCKER_HUB}/v1/"
 """What Docker calls its own registry, in these files and to the helpers."""
-TOKEN_USER = "<token>"
-"""The user name that says that the password is an identity token."""
+MAX_CONFIG = 1 << 20
+"""Bytes of a file that is looked at."""
 SYSTEMD_CREDENTIAL = "erofs-nbd.auth.json"
 
 _HUB_HOSTS = frozenset({DOCKER_HUB, f"index.{DOCKER_HUB}", DOCKER_HUB_API})

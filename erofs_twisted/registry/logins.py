@@ -15,6 +15,7 @@ from zope.interface import implementer
 
 from erofs_twisted.registry.credentials import Identity
 from erofs_twisted.registry.dockerconfig import (
+    MAX_CONFIG,
     DockerConfig,
     InvalidDockerConfig,
     LoginFiles,
@@ -25,7 +26,6 @@ from erofs_twisted.registry.errors import AccessDenied, RegistryError
 from erofs_twisted.registry.keychain import IKeychain
 from erofs_twisted.registry.shared import Shared
 
-MAX_FILE = 1 << 20
 PAUSE = 5.0
 """Seconds after which a helper is asked again, if what it said is not accepted, or it said nothing."""
 
@@ -195,9 +195,9 @@ def _look_at(path: str, before: _Signature | None) -> _Seen:
             signature = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
             if signature == before:
                 return _Seen(signature)
-            data = file.read(MAX_FILE + 1)
+            data = file.read(MAX_CONFIG + 1)
     except (FileNotFoundError, NotADirectoryError):
         return _Seen()
     except OSError as error:
         return _Seen(trouble=error.strerror or "it cannot be read")
-    return _Seen(signature, data) if len(data) <= MAX_FILE else _Seen(signature, trouble="it is too large")
+    return _Seen(signature, data) if len(data) <= MAX_CONFIG else _Seen(signature, trouble="it is too large")

@@ -14,7 +14,14 @@ from twisted.web.iweb import IResponse
 
 from erofs_twisted.registry.answers import status_error
 from erofs_twisted.registry.body import discard, read_body
-from erofs_twisted.registry.credentials import LOG_IN, Credentials, Identity, IdentityToken, RegistryToken
+from erofs_twisted.registry.credentials import (
+    LOG_IN,
+    TOKEN_USER,
+    Credentials,
+    Identity,
+    IdentityToken,
+    RegistryToken,
+)
 from erofs_twisted.registry.errors import AccessDenied, RegistryError, TransferFailed
 from erofs_twisted.registry.tokens import Token, parse_token
 from erofs_twisted.registry.transport import Transport
@@ -25,8 +32,6 @@ SECONDS = 15.0
 DENIED_SECONDS = 10.0
 """For which no is taken for an answer, from the same user for the same scopes."""
 CLIENT_ID = "erofs-twisted"
-TOKEN_USER = "<token>"
-"""The user name that stands for: the password is an identity token."""
 
 _NOT_SPOKEN = frozenset({404, 405})
 """How a server says that it has only the other form."""

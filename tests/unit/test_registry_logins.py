@@ -18,10 +18,10 @@ from zope.interface.verify import verifyObject
 from erofs_twisted.registry import logins
 from erofs_twisted.registry.credentialhelper import MAX_OUTPUT, PATIENCE, HelperFailed
 from erofs_twisted.registry.credentials import Credentials, Identity, RegistryToken
-from erofs_twisted.registry.dockerconfig import DockerConfig, LoginFiles, parse_docker_config
+from erofs_twisted.registry.dockerconfig import MAX_CONFIG, DockerConfig, LoginFiles, parse_docker_config
 from erofs_twisted.registry.errors import AccessDenied
 from erofs_twisted.registry.keychain import Given, IKeychain
-from erofs_twisted.registry.logins import MAX_FILE, PAUSE, Logins
+from erofs_twisted.registry.logins import PAUSE, Logins
 from tests.unit.threadless import HeldPool, ThreadlessReactor
 
 HOST = "r.example"
@@ -180,7 +180,7 @@ class FileTests(LoginsTests):
         self.write(self.second, auths(ALICE))
         for spoil in (
             lambda: self.write(self.first, '{"auths": {"r.example": {"auth": "hush'),
-            lambda: self.write(self.first, " " * (MAX_FILE + 1)),
+            lambda: self.write(self.first, " " * (MAX_CONFIG + 1)),
             lambda: self.write(self.first, {"auths": {HOST: {"auth": "hush"}}}),
             lambda: self.write(self.first, {"credsStore": "../hush"}),
             lambda: (self.first.unlink(), self.first.mkdir()),
