@@ -39,7 +39,7 @@ def as_dict(cache_dir: Path, blobs: Sequence[Blob]) -> dict[str, Any]:
     """For JSON: sizes in bytes, times in UTC; what a file does not tell is null."""
     return {
         "path": str(cache_dir),
-        "allocated": sum(blob.entry.allocated for blob in blobs),
+        "allocated": _allocated(blob.entry for blob in blobs),
         "blobs": [
             {
                 "digest": blob.entry.digest,
@@ -75,7 +75,7 @@ def show(blobs: Sequence[Blob], console: Console | None = None) -> None:
             blob.entry.digest,
         )
     console.print(table)
-    console.print(f"{count(len(blobs))}, {readable(sum(blob.entry.allocated for blob in blobs))} on disk")
+    console.print(f"{count(len(blobs))}, {readable(_allocated(blob.entry for blob in blobs))} on disk")
 
 
 def verify(cache_dir: Path, digests: Sequence[str], say: Callable[[str], None]) -> int:
