@@ -5,65 +5,27 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import threading
 import uuid
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import TracebackType
-from typing import Any, Self
+from http.server import BaseHTTPRequestHandler
+from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import attrs
 
 from tests.images import OCI_INDEX
+from tests.threadserver import ThreadServer
 
 PATH = re.compile(r"/v2/(?P<name>.+?)/(?P<kind>blobs/uploads|blobs|manifests|referrers)/(?P<reference>[^/]*)")
 RANGE = re.compile(r"bytes=(\d+)-(\d+)")
 
 
 @attrs.define(eq=False)
-class ReferrersRegistry:
+class ReferrersRegistry(ThreadServer):
     """Holds in memory what is pushed to it, in one repository; ``requests`` are those that came."""
 
     blobs: dict[str, bytes] = attrs.field(factory=dict)
     manifests: dict[str, tuple[bytes, str]] = attrs.field(factory=dict)
     requests: list[str] = attrs.field(factory=list)
-    _server: ThreadingHTTPServer = attrs.field(init=False)
-    _thread: threading.Thread = attrs.field(init=False)
-
-    @property
-    def authority(self) -> str:
-        return f"127.0.0.1:{self._server.server_address[1]}"
-
-    @property
-    def url(self) -> str:
-        return f"http://{self.authority}"
-
-    def __enter__(self) -> Self:
-        registry = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def handle_any(self) -> None:
-                registry.answer(self)
-
-            do_GET = do_POST = do_PUT = handle_any
-
-            def log_message(self, format: str, *args: object) -> None:
-                """Say nothing."""
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._server.shutdown()
-        self._thread.join()
-        self._server.server_close()
 
     def answer(self, request: BaseHTTPRequestHandler) -> None:
         """One request."""

@@ -14,17 +14,18 @@ import shutil
 import socket
 import subprocess
 import tempfile
-import threading
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 from urllib.parse import parse_qs, urlsplit
 
 import attrs
+
+from tests.threadserver import ThreadServer
 
 READY_SECONDS = 60.0
 """A slow machine, such as User-Mode Linux, takes long to start a server."""
@@ -209,7 +210,7 @@ class Nginx(Process):
 
 
 @attrs.define(eq=False)
-class TokenServer:
+class TokenServer(ThreadServer):
     """Gives out bearer tokens that a `DockerRegistry` with `registry_auth` accepts.
 
     It runs in a thread, so it also answers while a test blocks. Without ``users`` anyone may pull and push.
@@ -224,17 +225,16 @@ class TokenServer:
     granted: int = attrs.field(init=False, default=0)
     refused: int = attrs.field(init=False, default=0)
     directory: Path = attrs.field(init=False)
-    _server: ThreadingHTTPServer = attrs.field(init=False)
-    _thread: threading.Thread = attrs.field(init=False)
     _key: Any = attrs.field(init=False)
     _certificate: Any = attrs.field(init=False)
 
+    protocol = "HTTP/1.0"
     service = "test-registry"
     issuer = "test-issuer"
 
     @property
     def realm(self) -> str:
-        return f"http://127.0.0.1:{self._server.server_address[1]}/token"
+        return f"{self.url}/token"
 
     @property
     def registry_auth(self) -> dict[str, Any]:
@@ -252,30 +252,12 @@ class TokenServer:
     def __enter__(self) -> Self:
         self.directory = Path(tempfile.mkdtemp(prefix="erofs-twisted-test-"))
         self.change_key()
-        owner = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                owner.answer(self)
-
-            def do_POST(self) -> None:
-                owner.answer_form(self)
-
-            def log_message(self, format: str, *args: object) -> None:
-                """Say nothing."""
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
-        self._thread.start()
-        return self
+        return super().__enter__()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._server.shutdown()
-        self._thread.join()
-        self._server.server_close()
+        super().__exit__(kind, error, trace)
         shutil.rmtree(self.directory)
 
     def change_key(self) -> None:
@@ -292,13 +274,16 @@ class TokenServer:
 
     def answer(self, request: BaseHTTPRequestHandler) -> None:
         """Answer one request for a token, as the token specification says."""
+        if request.command == "POST":
+            self._answer_form(request)
+            return
         if not self._lets_in(request.headers.get("Authorization")):
             self.refused += 1
             request.send_error(401)
             return
         self._grant(request, parse_qs(urlsplit(request.path).query).get("scope", []))
 
-    def answer_form(self, request: BaseHTTPRequestHandler) -> None:
+    def _answer_form(self, request: BaseHTTPRequestHandler) -> None:
         """Answer one request by OAuth2."""
         form = parse_qs(request.rfile.read(int(request.headers["Content-Length"])).decode())
         if form["grant_type"] != ["refresh_token"] or form["refresh_token"] != [self.identity]:
@@ -351,7 +336,7 @@ class TokenServer:
 
 
 @attrs.define(eq=False)
-class SignedURLs:
+class SignedURLs(ThreadServer):
     """Redirects every request for a blob to a CDN, by a URL that expires: what is before an object store.
 
     The CDN is an `Nginx` with `directives`. The parameter ``name`` of a URL says until when it works: for 1
@@ -362,14 +347,8 @@ class SignedURLs:
     given: list[str] = attrs.field(init=False, factory=list)
     cdn: str = attrs.field(init=False, default="")
     """The URL of the CDN; set it before the first request."""
-    _server: ThreadingHTTPServer = attrs.field(init=False)
-    _thread: threading.Thread = attrs.field(init=False)
 
     _SECRET = "swordfish"
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self._server.server_address[1]}"
 
     def directives(self, root: Path) -> str:
         """For an nginx that serves the files below ``root`` to those whose URL is right and not too old."""
@@ -380,33 +359,12 @@ class SignedURLs:
             'if ($secure_link = "") { return 401; } if ($secure_link = "0") { return 403; }'
         )
 
-    def __enter__(self) -> Self:
-        owner = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_GET(self) -> None:
-                self.send_response(307)
-                self.send_header("Location", owner._sign(self.path))
-                self.send_header("Content-Length", "0")
-                self.end_headers()
-
-            def log_message(self, format: str, *args: object) -> None:
-                """Say nothing."""
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._server.shutdown()
-        self._thread.join()
-        self._server.server_close()
+    def answer(self, request: BaseHTTPRequestHandler) -> None:
+        """Send a reader on."""
+        request.send_response(307)
+        request.send_header("Location", self._sign(request.path))
+        request.send_header("Content-Length", "0")
+        request.end_headers()
 
     def _sign(self, path: str) -> str:
         path = "/" + path.rpartition(":")[2]
