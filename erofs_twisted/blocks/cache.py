@@ -72,7 +72,7 @@ class CacheDirectory:
         """
         return Deferred.fromCoroutine(self._open(digest, size))
 
-    def room(self) -> Deferred[int | None]:
+    def room(self) -> Deferred[int]:
         """A Deferred of the bytes that can be stored if what is not in use is evicted; 0 where that cannot be
         told."""
         return Deferred.fromCoroutine(self._room())

@@ -41,13 +41,13 @@ class CacheFull(ReadError):
 class Fill:
     """Fills the cached blob of ``source``, by at most ``rate`` bytes a second.
 
-    ``room`` says how many bytes the cache can still take; None stands for any number.
+    ``room`` says how many bytes the cache can still take.
     """
 
     clock: Any
     source: BlobSource
     queue: FetchQueue
-    room: Callable[[], Deferred[int | None]]
+    room: Callable[[], Deferred[int]]
     rate: int | None = None
     is_held: Callable[[], bool] = lambda: False
     """Is something else to be fetched first? What can be there at once is fetched all the same."""
@@ -88,7 +88,7 @@ class Fill:
 
     async def _check_room(self) -> None:
         room, missing = await self.room(), self.source.bytes_missing
-        if room is not None and missing > room:
+        if missing > room:
             raise CacheFull(f"{missing} bytes are missing, and the cache has room for {room}")
 
     async def _until_link_is_known(self) -> None:

@@ -40,7 +40,7 @@ class FillCase(SynchronousTestCase):
         self.cached = open_cached(self.mktemp(), DATA, reactor=self.clock, digest=digest)
         self.source = BlobSource(self.origin, self.cached, self.clock, Told(), self.queue)
 
-    def fill(self, room: int | None = None, rate: int | None = None) -> Fill:
+    def fill(self, room: int = 1 << 40, rate: int | None = None) -> Fill:
         return Fill(self.clock, self.source, self.queue, lambda: succeed(room), rate)
 
     def begin(self, fill: Fill) -> Deferred[None]:
