@@ -164,7 +164,10 @@ class NbdkitProxyTests(InteropTests):
         nbd = ["nbd", f"uri={self.uri}"]
         filters = [each for each in arguments if each.startswith("--")]
         settings = [each for each in arguments if not each.startswith("--")]
-        return run("nbdkit", "--unix", "-", *filters, *nbd, *settings, "--run", client)
+        # With a socket of its own naming, nbdkit at times leaves the directory of it behind.
+        with tempfile.TemporaryDirectory(prefix="erofs-twisted-test-") as directory:
+            listening = ("--unix", f"{directory}/proxy.sock")
+            return run("nbdkit", *listening, *filters, *nbd, *settings, "--run", client)
 
     def test_a_proxy_that_injects_errors_leaves_us_serving(self) -> None:
         client = 'nbdcopy "$uri" null:; echo status $?'
