@@ -14,7 +14,7 @@ from erofs_twisted import __version__
 from erofs_twisted.errors import ErofsTwistedError, MountError
 from erofs_twisted.options import (
     IMAGE_OPTIONS,
-    MOUNT_OPTIONS,
+    OPTIONS,
     ImageConfig,
     Option,
     OptionError,
@@ -44,11 +44,10 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 def takes(*names: str) -> Callable[[Command], Command]:
     """The plugin's options of these names, for a command."""
-    table = {option.name: option for option in (*IMAGE_OPTIONS, *MOUNT_OPTIONS)}
 
     def decorate(command: Command) -> Command:
         for name in reversed(names):
-            command = _click_option(table[name])(command)
+            command = _click_option(OPTIONS[name])(command)
         return command
 
     return decorate

@@ -54,6 +54,11 @@ class Option:
     metavar: str | None
     help: str
 
+    @property
+    def choices(self) -> list[str]:
+        """What it may be, where that is one of a few words."""
+        return self.metavar.split("|") if self.metavar and "|" in self.metavar else []
+
 
 IMAGE_OPTIONS = (
     Option("platform", "OS/ARCH[/VARIANT]", "which image of an index [this host's own]"),
@@ -96,6 +101,9 @@ MOUNT_OPTIONS = (
     Option("nbd-read-ahead", "KIB", "the device's read_ahead_kb [1024]"),
     Option("nbd-max-request", "KIB", "the device's max_sectors_kb [1024]"),
 )
+
+OPTIONS = {option.name: option for option in (*MOUNT_OPTIONS[:2], *IMAGE_OPTIONS, *MOUNT_OPTIONS[2:])}
+"""All of them, by name, in the order in which a mount's help lists them."""
 
 OCI_KEYS = ("platform", "layer", "username", "password")
 
@@ -152,8 +160,8 @@ def read_image_config(image: str, values: Values) -> ImageConfig:
         plain_http=bool(values.get("plain-http")),
         cache_dir=_given(values, "cache-dir", _directory, default_cache_dir),
         cache_size=_given(values, "cache-size", _size, lambda: None),
-        trace=_given(values, "trace", _one_of("auto", "record", "off"), lambda: "auto"),
-        fill=_given(values, "fill", _one_of("auto", "off", "full"), lambda: "auto"),
+        trace=_chosen(values, "trace", "auto"),
+        fill=_chosen(values, "fill", "auto"),
         fill_rate=_given(values, "fill-rate", _size, lambda: None),
         io_timeout=_given(values, "io-timeout", _seconds, lambda: 120.0),
     )
@@ -170,8 +178,8 @@ def read_mount_config(values: Values) -> MountConfig:
         mountpoint=os.path.realpath(str(values["mountpoint"])),
         mkdir=bool(values.get("mkdir")),
         options=_given(values, "options", MountOptions.parse, MountOptions),
-        attach=_given(values, "attach", _one_of("auto", "nbd", "fuse"), lambda: "auto"),
-        on_stop=_given(values, "on-stop", _one_of("wait", "lazy"), lambda: "wait"),
+        attach=_chosen(values, "attach", "auto"),
+        on_stop=_chosen(values, "on-stop", "wait"),
         state_dir=_given(values, "state-dir", _directory, default_state_dir),
         nbd=NBDSettings(
             io_timeout_ms=_given(values, "nbd-io-timeout", _whole_number, lambda: settings.io_timeout_ms),
@@ -343,10 +351,12 @@ def _directory(text: str) -> Path:
     return Path(os.path.abspath(text))
 
 
-def _one_of(*choices: str) -> Callable[[str], str]:
+def _chosen(values: Values, option: str, default: str) -> str:
+    choices = OPTIONS[option].choices
+
     def parse(text: str) -> str:
         if text not in choices:
             raise ValueError(f"{text!r} is not known; it is one of {', '.join(choices)}")
         return text
 
-    return parse
+    return _given(values, option, parse, lambda: default)

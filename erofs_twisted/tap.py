@@ -8,16 +8,13 @@ from twisted.application.service import IService
 from twisted.python import usage
 
 from erofs_twisted.options import (
-    IMAGE_OPTIONS,
-    MOUNT_OPTIONS,
+    OPTIONS,
     MountConfig,
     OptionError,
     passwords_on_command_line,
     read_mount_config,
 )
 from erofs_twisted.process import ExitStatus, conceal_arguments, put_off_collections
-
-OPTIONS = (*MOUNT_OPTIONS[:2], *IMAGE_OPTIONS, *MOUNT_OPTIONS[2:])
 
 
 class Options(usage.Options):
@@ -30,8 +27,8 @@ class Options(usage.Options):
         "unmounted, or on SIGTERM. 'erofs-nbd wait DIR' tells when the mount is usable. Defaults are in "
         "brackets."
     )
-    optParameters = [[o.name, None, None, o.help] for o in OPTIONS if o.metavar is not None]
-    optFlags = [[o.name, None, o.help] for o in OPTIONS if o.metavar is None]
+    optParameters = [[o.name, None, None, o.help] for o in OPTIONS.values() if o.metavar is not None]
+    optFlags = [[o.name, None, o.help] for o in OPTIONS.values() if o.metavar is None]
     compData = usage.Completions(
         optActions={
             "mountpoint": usage.CompleteDirs(),
@@ -39,9 +36,7 @@ class Options(usage.Options):
             "state-dir": usage.CompleteDirs(),
             "password-file": usage.CompleteFiles(),
             "auth-file": usage.CompleteFiles(),
-            "trace": usage.CompleteList(["auto", "record", "off"]),
-            "attach": usage.CompleteList(["auto", "nbd", "fuse"]),
-            "on-stop": usage.CompleteList(["wait", "lazy"]),
+            **{o.name: usage.CompleteList(o.choices) for o in OPTIONS.values() if o.choices},
         }
     )
     config: MountConfig

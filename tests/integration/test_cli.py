@@ -15,7 +15,7 @@ from pathlib import Path
 
 from twisted.trial.unittest import SynchronousTestCase
 
-from erofs_twisted.options import IMAGE_OPTIONS, MOUNT_OPTIONS
+from erofs_twisted.options import IMAGE_OPTIONS, OPTIONS
 from tests.daemon import BIN, registry, run, until
 from tests.images import EROFS
 from tests.scenery import GZIPPED_TAR, scenery
@@ -173,7 +173,7 @@ class HelpTests(CommandTestCase):
         done = run(BIN / "twistd", "erofs-nbd", "--help", cwd=self.directory)
         self.assertEqual((0, ""), (done.returncode, done.stderr))
         shown = " ".join(done.stdout.split())
-        for option in (*IMAGE_OPTIONS, *MOUNT_OPTIONS):
+        for option in OPTIONS.values():
             self.assertIn(f"--{option.name}", shown)
             self.assertIn(" ".join(option.help.split()), shown)
         self.assertEqual([], [line for line in done.stdout.splitlines() if len(line) > 110])

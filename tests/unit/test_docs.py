@@ -11,8 +11,7 @@ import click
 from twisted.trial.unittest import SynchronousTestCase
 
 from erofs_twisted.cli import commands
-from erofs_twisted.options import IMAGE_OPTIONS, MOUNT_OPTIONS, Option
-from erofs_twisted.tap import OPTIONS as PLUGIN_OPTIONS
+from erofs_twisted.options import OPTIONS, Option
 from tests.commands import every_command
 
 PROJECT = Path(__file__).parents[2]
@@ -29,7 +28,7 @@ def spelling(option: Option) -> str:
 
 
 def expected_table() -> str:
-    cells = [(f"`{spelling(option)}`", option.help) for option in PLUGIN_OPTIONS]
+    cells = [(f"`{spelling(option)}`", option.help) for option in OPTIONS.values()]
     rows = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in cells]
     return "\n".join(["| option | meaning |", "| --- | --- |", *rows, ""])
 
@@ -51,14 +50,14 @@ class OptionTests(SynchronousTestCase):
     def test_the_manual_explains_each_option_under_its_own_words(self) -> None:
         text = (PROJECT / "docs" / "options.md").read_text()
         found = [(name, " ".join(words.split())) for name, words in HEADING.findall(text)]
-        self.assertEqual([(spelling(option), option.help) for option in PLUGIN_OPTIONS], found)
+        self.assertEqual([(spelling(option), option.help) for option in OPTIONS.values()], found)
 
 
 class ExampleTests(SynchronousTestCase):
     """Commands in code blocks are such that the program would take them."""
 
     def test_the_options_of_the_plugin_exist(self) -> None:
-        known = {f"--{option.name}" for option in (*IMAGE_OPTIONS, *MOUNT_OPTIONS)} | {"--help"}
+        known = {f"--{option.name}" for option in OPTIONS.values()} | {"--help"}
         for page in (README, *PAGES):
             for words in command_lines(page.read_text()):
                 if any(word.endswith("twistd") for word in words) and "erofs-nbd" in words:
