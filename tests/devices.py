@@ -152,10 +152,21 @@ class DeviceTests(DeviceTestCase):
 
     async def test_an_attachment_that_is_cancelled_leaves_nothing(self) -> None:
         attaching: Deferred[IBlockDevice] = self.connector().attach(self.export, self.server)
-        await deferLater(reactor, 0)
+        # No turn of the reactor in between: whatever it waits for cannot have come yet.
         attaching.cancel()
         with self.assertRaises(CancelledError):
             await attaching
+
+    async def test_an_attachment_that_is_cancelled_later_is_whole_or_leaves_nothing(self) -> None:
+        for delay in (0, 0.002, 0.01, 0.05):
+            attaching: Deferred[IBlockDevice] = self.connector().attach(self.export, self.server)
+            await deferLater(reactor, delay)
+            attaching.cancel()
+            try:
+                device = await attaching
+            except CancelledError:
+                continue
+            await device.detach()
 
     async def test_a_busy_mount_names_those_who_use_it(self) -> None:
         await self.mount(await self.attach())
