@@ -34,9 +34,11 @@ REGISTRY_OPTION_NAMES = (
     "username",
     "password-file",
     "auth-file",
+    "hosts-dir",
     "plain-http",
     "oci",
     "io-timeout",
+    "stall-timeout",
 )
 
 Command = TypeVar("Command", bound=Callable[..., Any])

@@ -176,8 +176,10 @@ def store_of(reactor: Any, pool: ThreadPool, config: ImageConfig) -> IImageStore
         config.reference,
         credentials=config.credentials,
         logins=config.logins,
+        hosts=config.hosts,
         plain_http=config.plain_http,
         io_timeout=config.io_timeout,
+        stall_timeout=config.stall_timeout,
         cache_dir=str(config.cache_dir),
         pool=pool,
     )

@@ -26,6 +26,8 @@ from erofs_twisted.registry.dockerconfig import (
     parse_docker_config,
     standard_files,
 )
+from erofs_twisted.registry.hosts import InvalidHosts
+from erofs_twisted.registry.hostsdir import STANDARD, FoundHosts, find_hosts
 from erofs_twisted.registry.platform import Platform
 from erofs_twisted.registry.reference import ImageReference, LayoutReference, parse_reference
 
@@ -66,6 +68,11 @@ IMAGE_OPTIONS = (
     Option("username", "NAME", "user at the registry; goes with --password-file"),
     Option("password-file", "PATH", "file that holds the password or token; - is standard input"),
     Option("auth-file", "PATH", "Docker's config.json or Podman's auth.json [those that are there]"),
+    Option(
+        "hosts-dir",
+        "DIR[:DIR…]",
+        "hosts.toml trees that name mirrors [/etc/containerd/certs.d:/etc/docker/certs.d]",
+    ),
     Option("plain-http", None, "speak HTTP without TLS to the registry (loopback hosts: always)"),
     Option("oci", "KEY=VALUE,…", "platform=, layer=, username= and password= in one, as mkfs.erofs has it"),
     Option("cache-dir", "DIR", "where fetched blocks are kept [/var/cache/erofs-twisted]"),
@@ -78,6 +85,7 @@ IMAGE_OPTIONS = (
     Option("fill", "auto|off|full", "the rest of the image: while idle, never, or before the mount [auto]"),
     Option("fill-rate", "SIZE", "bytes a second that an idle link is filled with; K, M, G [no limit]"),
     Option("io-timeout", "SECONDS", "how long a read is retried before it fails with EIO [120]"),
+    Option("stall-timeout", "SECONDS", "how long a request may bring nothing before it is made again [15]"),
 )
 
 MOUNT_OPTIONS = (
@@ -110,9 +118,10 @@ OCI_KEYS = ("platform", "layer", "username", "password")
 
 @attrs.frozen(kw_only=True)
 class ImageConfig:
-    """Which image, and how to get at it. ``layer`` None means all layers; ``io_timeout`` is in seconds.
+    """Which image, and how to get at it. ``layer`` None means all layers; the timeouts are in seconds.
 
     ``credentials`` were given themselves; without them, ``logins`` says where they are.
+    ``hosts`` are the servers of the image's registry; of a layout there are none.
     ``trace`` is 'auto', 'record' or 'off'; ``fill`` 'auto', 'off' or 'full'; ``cache_size`` in bytes and
     ``fill_rate`` in bytes a second, None for no limit.
     """
@@ -122,6 +131,7 @@ class ImageConfig:
     layer: int | None
     credentials: Credentials | None
     logins: LoginFiles
+    hosts: FoundHosts
     plain_http: bool
     cache_dir: Path
     cache_size: int | None
@@ -129,6 +139,7 @@ class ImageConfig:
     fill: str
     fill_rate: int | None
     io_timeout: float
+    stall_timeout: float
 
 
 @attrs.frozen(kw_only=True)
@@ -157,6 +168,7 @@ def read_image_config(image: str, values: Values) -> ImageConfig:
         layer=_given(values, "layer", _whole_number, lambda: None),
         credentials=_credentials(values),
         logins=_logins(values),
+        hosts=_hosts(values, reference),
         plain_http=bool(values.get("plain-http")),
         cache_dir=_given(values, "cache-dir", _directory, default_cache_dir),
         cache_size=_given(values, "cache-size", _size, lambda: None),
@@ -164,6 +176,7 @@ def read_image_config(image: str, values: Values) -> ImageConfig:
         fill=_chosen(values, "fill", "auto"),
         fill_rate=_given(values, "fill-rate", _size, lambda: None),
         io_timeout=_given(values, "io-timeout", _seconds, lambda: 120.0),
+        stall_timeout=_given(values, "stall-timeout", _seconds, lambda: 15.0),
     )
 
 
@@ -269,6 +282,23 @@ def _logins(values: Values) -> LoginFiles:
     if values.get("username") is not None:
         raise OptionError("auth-file", "there is also a --username; give one of them")
     return _read("auth-file", str(values["auth-file"]), _login_file)
+
+
+def _hosts(values: Values, reference: ImageReference | LayoutReference) -> FoundHosts:
+    roots = _given(values, "hosts-dir", _directories, lambda: STANDARD)
+    if isinstance(reference, LayoutReference):
+        return FoundHosts(())
+    try:
+        return find_hosts(roots, reference.registry)
+    except InvalidHosts as error:
+        raise OptionError("hosts-dir", str(error)) from error
+
+
+def _directories(text: str) -> tuple[str, ...]:
+    for path in text.split(":"):
+        if not os.path.isdir(path):
+            raise ValueError(f"{path!r} is not a directory; several are separated by colons")
+    return tuple(map(os.path.abspath, text.split(":")))
 
 
 def _login_file(path: str) -> LoginFiles:

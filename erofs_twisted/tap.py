@@ -33,6 +33,7 @@ class Options(usage.Options):
         optActions={
             "mountpoint": usage.CompleteDirs(),
             "cache-dir": usage.CompleteDirs(),
+            "hosts-dir": usage.CompleteDirs(),
             "state-dir": usage.CompleteDirs(),
             "password-file": usage.CompleteFiles(),
             "auth-file": usage.CompleteFiles(),

@@ -37,11 +37,16 @@ class Circuit:
     def is_open(self) -> bool:
         return self._opens_at is not None
 
+    @property
+    def is_due(self) -> bool:
+        """Would a request be let in at once, as the one that tries?"""
+        return self.is_open and not self._waiting and self._clock.seconds() >= (self._opens_at or 0.0)
+
     async def enter(self) -> Turn:
         """Wait until a request may be made. Who was let in says what came of it, and leaves."""
         if self._opens_at is None:
             return Turn(self)
-        if not self._waiting and self._clock.seconds() >= self._opens_at:
+        if self.is_due:
             return self._new_probe()
         waiter: Deferred[Turn] = Deferred(self._leave)
         self._waiting.append(waiter)

@@ -62,5 +62,9 @@ class Unreachable(TransferFailed):
     """No connection came about, so no request was made."""
 
 
+class NoHost(RegistryError):
+    """None of a registry's servers may be asked for that."""
+
+
 class BlobUnreadable(RegistryError, ReadError):
     """A range of a blob cannot be had, after all that could be tried."""

@@ -49,7 +49,9 @@ class Session:
     _authorizer: Authorizer
     _plain_http: bool = False
     _notices: Notices = attrs.field(factory=Notices)
-    circuit: Circuit = attrs.field(init=False)
+    _headers: Mapping[str, str] = attrs.field(factory=dict, repr=False)
+    """What goes with each request to the registry itself; it may be secret."""
+    circuit: Circuit = attrs.field(init=False, repr=False)
     """For who makes many requests for a long time: whether the registry answers at all."""
 
     @circuit.default
@@ -133,7 +135,7 @@ class Session:
     async def _ask_registry(
         self, method: str, url: str, headers: Mapping[str, str], seconds: float, body: bytes
     ) -> IResponse:
-        ask = self.transport.request
+        ask, headers = self.transport.request, {**self._headers, **headers}
         used = await self._authorizer.authorization()
         response = await ask(method, url, _authorized(headers, used), seconds, body)
         expired = response.code == 403 and used is not None and used.startswith("Bearer ")

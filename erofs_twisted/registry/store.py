@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+from twisted.logger import Logger
 from twisted.python.threadpool import ThreadPool
 
 from erofs_twisted.interfaces import IImageStore
 from erofs_twisted.registry.credentials import Credentials
 from erofs_twisted.registry.dockerconfig import LoginFiles
+from erofs_twisted.registry.hosts import HostSettings, default_host
+from erofs_twisted.registry.hostsdir import FoundHosts
 from erofs_twisted.registry.reference import ImageReference, LayoutReference
+
+_log = Logger()
 
 
 def open_store(
@@ -21,6 +26,8 @@ def open_store(
     logins: LoginFiles | None = None,
     plain_http: bool = False,
     io_timeout: float = 120.0,
+    stall_timeout: float = 15.0,
+    hosts: FoundHosts | None = None,
     cache_dir: str | None = None,
     trust_root: Any = None,
 ) -> IImageStore:
@@ -38,14 +45,27 @@ def open_store(
     # treq and what it needs take a noticeable part of the start-up: only where there is a registry.
     from erofs_twisted.registry.client import RegistryStore
     from erofs_twisted.registry.documents import DocumentFiles
+    from erofs_twisted.registry.host import RegistryHost
     from erofs_twisted.registry.keychain import Given, IKeychain
     from erofs_twisted.registry.transport import Transport
 
-    transport = Transport.over_sockets(reactor, trust_root)
-    documents = None if cache_dir is None else DocumentFiles(reactor, pool, cache_dir)
-    keychain: IKeychain = Given(credentials)
-    if credentials is None and logins is not None:
+    found = hosts or FoundHosts((default_host(reference.registry),))
+    for warning in found.warnings:
+        _log.warn("{warning}", warning=warning)
+
+    def keychain(host: HostSettings) -> IKeychain:
+        if credentials is not None and not host.is_mirror:
+            return Given(credentials)
+        if logins is None:
+            return Given()
         from erofs_twisted.registry.logins import Logins
 
-        keychain = Logins(reactor, pool, logins, reference.registry, reference.repository)
-    return RegistryStore(reference, transport, keychain, plain_http, io_timeout, documents)
+        registry = reference.registry if host.is_of(reference.registry) else host.authority
+        return Logins(reactor, pool, logins, registry, reference.repository)
+
+    servers = [
+        RegistryHost(host, reference, Transport.over_sockets(reactor, trust_root), keychain(host), plain_http)
+        for host in found.hosts
+    ]
+    documents = None if cache_dir is None else DocumentFiles(reactor, pool, cache_dir)
+    return RegistryStore(reference, servers, io_timeout, stall_timeout, documents)

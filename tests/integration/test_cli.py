@@ -21,7 +21,17 @@ from tests.images import EROFS
 from tests.scenery import GZIPPED_TAR, scenery
 from tests.servers import tool
 
-LOOKING = {"plain-http", "platform", "username", "password-file", "auth-file", "oci", "io-timeout"}
+LOOKING = {
+    "auth-file",
+    "hosts-dir",
+    "io-timeout",
+    "oci",
+    "password-file",
+    "plain-http",
+    "platform",
+    "stall-timeout",
+    "username",
+}
 """The options of ``inspect``."""
 
 
@@ -208,8 +218,10 @@ WRONG = {
     "username": ["alice"],
     "password-file": ["/nowhere/password", ""],
     "auth-file": ["/nowhere/auth.json", "/", ""],
+    "hosts-dir": ["/nowhere", "/etc:/nowhere", ""],
     "oci": ["colour=red", "layer=", "layer=0,layer=1", "layer"],
     "io-timeout": ["0", "soon", "-1", "nan", "inf"],
+    "stall-timeout": ["0", "soon"],
     "options": ["rw", "dev", ""],
     "attach": ["ublk"],
     "on-stop": ["never"],

@@ -14,19 +14,17 @@ from zope.interface.verify import verifyObject
 
 from erofs_twisted.errors import RangesIgnored, ReadError
 from erofs_twisted.interfaces import IBlobReader
-from erofs_twisted.registry.auth import Authorizer
 from erofs_twisted.registry.blob import SLICED, BlobReader
 from erofs_twisted.registry.digest import Digest
 from erofs_twisted.registry.errors import BlobUnreadable
 from erofs_twisted.registry.manifest import Descriptor
 from erofs_twisted.registry.retry import Backoff
-from erofs_twisted.registry.session import Session
-from erofs_twisted.registry.urls import Origin
+from tests.unit.fakehosts import fake_host
 from tests.unit.fakehttp import FakeRequest, fake_transport
 
-URL = "https://r.example/v2/a/blobs/x"
 CDN = "https://cdn.example/x?signature=secret"
 BLOB = bytes(range(256)) * 4
+URL = f"https://r.example/v2/a/blobs/{Digest.of(BLOB)}"
 
 
 class BlobTests(SynchronousTestCase):
@@ -37,10 +35,8 @@ class BlobTests(SynchronousTestCase):
 
     def make(self, blob: bytes, size: int | None = None) -> None:
         self.agent, self.clock, transport = fake_transport()
-        origin = Origin.of(URL)
-        session = Session(transport, origin, Authorizer(transport, origin, "repository:a:pull"))
         descriptor = Descriptor("application/vnd.erofs", Digest.of(blob), len(blob) if size is None else size)
-        self.reader = BlobReader(session, URL, descriptor, 100.0, Backoff(random=lambda: 1.0))
+        self.reader = BlobReader([fake_host(transport)], descriptor, 100.0, Backoff(random=lambda: 1.0))
         self.got: list[bytes] = []
 
     def read(self, offset: int, length: int) -> Deferred[None]:

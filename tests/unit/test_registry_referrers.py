@@ -12,7 +12,6 @@ from erofs_twisted.registry.client import RegistryStore
 from erofs_twisted.registry.credentials import Credentials
 from erofs_twisted.registry.digest import Digest
 from erofs_twisted.registry.errors import AccessDenied, DigestMismatch, InvalidManifest, RegistryError
-from erofs_twisted.registry.keychain import Given
 from erofs_twisted.registry.manifest import (
     OCI_INDEX,
     OCI_MANIFEST,
@@ -23,9 +22,10 @@ from erofs_twisted.registry.manifest import (
 )
 from erofs_twisted.registry.platform import Platform
 from erofs_twisted.registry.push import EMPTY, Artifact
-from erofs_twisted.registry.reference import ImageReference, parse_reference
+from erofs_twisted.registry.reference import parse_reference
 from erofs_twisted.registry.referrers import fallback_tag
 from erofs_twisted.registry.retry import Backoff
+from tests.unit.fakehosts import fake_store
 from tests.unit.fakehttp import FakeRequest, fake_transport
 from tests.unit.test_registry_client import MANIFEST, describe, encode, index_of
 
@@ -60,10 +60,8 @@ class ReferrersTestCase(SynchronousTestCase):
         self.etag = '"1"'
 
     def store(self, credentials: Credentials | None = None) -> RegistryStore:
-        reference = parse_reference("r.example/team/app:1")
-        assert isinstance(reference, ImageReference)
         backoff = Backoff(random=lambda: 0.0)
-        return RegistryStore(reference, self.transport, Given(credentials), backoff=backoff)
+        return fake_store(self.transport, "r.example/team/app:1", credentials=credentials, backoff=backoff)
 
     def image(self) -> ResolvedImage:
         manifest = parse_manifest(MANIFEST)
