@@ -39,6 +39,7 @@ REGISTRY_OPTION_NAMES = (
     "oci",
     "io-timeout",
     "stall-timeout",
+    "verbose",
 )
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -88,15 +89,19 @@ def commands() -> None:
 @click.option("--json", "as_json", is_flag=True, help="for programs")
 @takes(*REGISTRY_OPTION_NAMES)
 def inspect(image: str, as_json: bool, **options: Any) -> None:
-    """Show what IMAGE is: its digest, its platforms, its layers, and which of them are EROFS."""
-    from erofs_twisted.inspection import as_dict, resolve, show
+    """Show what IMAGE is: its digest, its platforms, its layers, and which of them are EROFS.
+
+    With --verbose also how it is got at: each server that is asked, how one gets in, where the credentials
+    come from, redirects, whether ranges are answered, how soon and how fast.
+    """
+    from erofs_twisted.inspection import as_dict, look_at, show
 
     config = _image_config(image, options)
-    resolved = _run(lambda reactor: resolve(reactor, config))
+    resolved, probe = _run(lambda reactor: look_at(reactor, config), config.verbose)
     if as_json:
-        click.echo(json.dumps(as_dict(resolved), indent=2))
+        click.echo(json.dumps(as_dict(resolved, probe), indent=2))
     else:
-        show(resolved)
+        show(resolved, probe)
 
 
 @commands.command()
@@ -116,7 +121,7 @@ def serve(image: str, socket: str, **options: Any) -> None:
     def main(reactor: Any) -> Coroutine[Any, Any, None]:
         return serve_image(reactor, config, path, ready=lambda text: click.echo(text, err=True))
 
-    _run(main)
+    _run(main, config.verbose)
 
 
 @commands.command()
@@ -166,7 +171,7 @@ def record(image: str, command: tuple[str, ...], timeout: float, **options: Any)
     from erofs_twisted.tracereport import summary
 
     config = _image_config(image, options)
-    resolved = _run(lambda reactor: resolve(reactor, config))
+    resolved = _run(lambda reactor: resolve(reactor, config), config.verbose)
     typed = {name.replace("_", "-"): value for name, value in options.items() if value}
     state_dir = read_state_dir(typed)
     recorded = record_command(config, resolved, typed, command, state_dir, timeout)
@@ -184,7 +189,7 @@ def show_trace(image: str, as_json: bool, **options: Any) -> None:
     from erofs_twisted.tracereport import as_dict, find, show
 
     config = _image_config(image, options)
-    trace = _run(lambda reactor: find(reactor, config))
+    trace = _run(lambda reactor: find(reactor, config), config.verbose)
     if as_json:
         click.echo(json.dumps(as_dict(trace), indent=2))
     else:
@@ -199,7 +204,7 @@ def push_trace(image: str, **options: Any) -> None:
     from erofs_twisted.tracereport import push
 
     config = _image_config(image, options)
-    click.echo(_run(lambda reactor: push(reactor, config)))
+    click.echo(_run(lambda reactor: push(reactor, config), config.verbose))
 
 
 @commands.group()
@@ -258,8 +263,11 @@ def prune_cache(
     click.echo(prune(path, everything=everything, size=limit, older_than=older_than, dry_run=dry_run))
 
 
-def _run(main: Callable[[Any], Coroutine[Any, Any, Any]]) -> Any:
+def _run(main: Callable[[Any], Coroutine[Any, Any, Any]], verbose: bool = False) -> Any:
     """Run a coroutine on the reactor; Ctrl-C and SIGTERM cancel it, which is no error."""
+    from erofs_twisted.messages import Messages
+
+    Messages(sys.stderr, verbose).begin()
     from twisted.internet import reactor as global_reactor
     from twisted.internet.defer import CancelledError, Deferred
     from twisted.python.failure import Failure

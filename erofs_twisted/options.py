@@ -86,6 +86,7 @@ IMAGE_OPTIONS = (
     Option("fill-rate", "SIZE", "bytes a second that an idle link is filled with; K, M, G [no limit]"),
     Option("io-timeout", "SECONDS", "how long a read is retried before it fails with EIO [120]"),
     Option("stall-timeout", "SECONDS", "how long a request may bring nothing before it is made again [15]"),
+    Option("verbose", None, "say each request, and where credentials come from: in the log, or on stderr"),
 )
 
 MOUNT_OPTIONS = (
@@ -138,6 +139,7 @@ class ImageConfig:
     trace: str
     fill: str
     fill_rate: int | None
+    verbose: bool
     io_timeout: float
     stall_timeout: float
 
@@ -175,6 +177,7 @@ def read_image_config(image: str, values: Values) -> ImageConfig:
         trace=_chosen(values, "trace", "auto"),
         fill=_chosen(values, "fill", "auto"),
         fill_rate=_given(values, "fill-rate", _size, lambda: None),
+        verbose=bool(values.get("verbose")),
         io_timeout=_given(values, "io-timeout", _seconds, lambda: 120.0),
         stall_timeout=_given(values, "stall-timeout", _seconds, lambda: 15.0),
     )

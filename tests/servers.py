@@ -116,12 +116,13 @@ class DockerRegistry(Process):
 
     ``auth`` is a section of its configuration, such as `TokenServer.registry_auth`; ``users`` makes it
     ask for basic authentication; ``certificate`` is a file for the chain and one for the key, and makes it
-    speak TLS.
+    speak TLS. With ``upstream``, the URL of another registry, it is a pull-through cache of that.
     """
 
     auth: Mapping[str, Any] | None = None
     users: Mapping[str, str] | None = None
     certificate: tuple[Path, Path] | None = None
+    upstream: str | None = None
 
     @property
     def url(self) -> str:
@@ -141,6 +142,8 @@ class DockerRegistry(Process):
             },
             "http": http,
         }
+        if self.upstream:
+            configuration["proxy"] = {"remoteurl": self.upstream}
         if self.auth:
             configuration["auth"] = dict(self.auth)
         if self.users:

@@ -72,7 +72,8 @@ class Circuit:
         if isinstance(error, Unreachable):
             delay = backoff.redial(remaining)
         else:
-            delay = backoff.delay(self._failures - 1, remaining, error.retry_after)
+            # Others wait for what comes of the next attempt, and have no more time than this one.
+            delay = backoff.delay(self._failures - 1, remaining / 2, error.retry_after)
         self._opens_at = self._clock.seconds() + delay
         self._probe = None
         self._set_timer()

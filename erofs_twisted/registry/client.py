@@ -43,6 +43,7 @@ from erofs_twisted.registry.session import Answer
 from erofs_twisted.registry.urls import redacted
 
 if TYPE_CHECKING:
+    from erofs_twisted.registry.probe import Probe
     from erofs_twisted.registry.push import Artifact
 
 ATTEMPTS = 4
@@ -90,6 +91,10 @@ class RegistryStore:
     def fetch(self, descriptor: Descriptor) -> Deferred[bytes]:
         """As `IImageStore.fetch`; fails with a `RegistryError`."""
         return Deferred.fromCoroutine(self._fetch_small(descriptor))
+
+    def probe(self, descriptor: Descriptor) -> Deferred[Probe | None]:
+        """As `IImageStore.probe`, of the first server that has it; fails with a `RegistryError`."""
+        return Deferred.fromCoroutine(self._probe(descriptor))
 
     def push_referrer(self, image: ResolvedImage, artifact: Artifact) -> Deferred[Digest]:
         """As `IImageStore.push_referrer`; fails with a `RegistryError`."""
@@ -163,6 +168,11 @@ class RegistryStore:
         if descriptor.media_type in MANIFEST_TYPES | INDEX_TYPES:
             return (await self._fetch_described(descriptor)).data
         return await self._of_any(Capability.PULL, lambda host: self._fetch_blob(host, descriptor))
+
+    async def _probe(self, descriptor: Descriptor) -> Probe:
+        from erofs_twisted.registry.probe import probe_blob
+
+        return await self._of_any(Capability.PULL, lambda host: probe_blob(host, descriptor))
 
     async def _fetch_blob(self, host: RegistryHost, descriptor: Descriptor) -> bytes:
         session, patience = host.session.apart(), _patience(host)

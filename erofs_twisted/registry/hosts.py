@@ -68,6 +68,16 @@ class HostSettings:
     def __str__(self) -> str:
         return f"{self.scheme}://{self.authority}" if self.scheme else self.authority
 
+    @property
+    def description(self) -> str:
+        """For people: what it is asked for, and how."""
+        able = ", ".join(each.value for each in Capability if each in self.capabilities)
+        more = [f"{len(self.authorities)} authorities of its own"] if self.authorities else []
+        more += [f"{len(self.clients)} client certificates"] if self.clients else []
+        more += ["its certificate is not verified"] if self.skip_verify else []
+        more += [f"headers {', '.join(self.headers)}"] if self.headers else []
+        return f"{'mirror' if self.is_mirror else 'server'} {self}: " + "; ".join((able, *more))
+
     def is_of(self, registry: str) -> bool:
         """Is this a server of ``registry`` itself, by its name?"""
         return self.authority == (DOCKER_HUB_API if registry == DOCKER_HUB else registry)

@@ -7,7 +7,7 @@ from typing import Any
 from twisted.logger import Logger
 from twisted.python.threadpool import ThreadPool
 
-from erofs_twisted.interfaces import IImageStore
+from erofs_twisted.interfaces import IImageStore, Tell, silent
 from erofs_twisted.registry.credentials import Credentials
 from erofs_twisted.registry.dockerconfig import LoginFiles
 from erofs_twisted.registry.hosts import HostSettings, default_host
@@ -30,6 +30,7 @@ def open_store(
     hosts: FoundHosts | None = None,
     cache_dir: str | None = None,
     trust_root: Any = None,
+    tell: Tell = silent,
 ) -> IImageStore:
     """The `IImageStore` of ``reference``. Nothing is opened before it is used.
 
@@ -52,6 +53,11 @@ def open_store(
     found = hosts or FoundHosts((default_host(reference.registry),))
     for warning in found.warnings:
         _log.warn("{warning}", warning=warning)
+    if tell is not silent:
+        said = found.source or "nothing is said of this registry's servers (--hosts-dir)"
+        tell(f"{reference.registry}: {said}")
+        for host in found.hosts:
+            tell(f"{reference.registry}: {host.description}")
 
     def keychain(host: HostSettings) -> IKeychain:
         if credentials is not None and not host.is_mirror:
@@ -64,7 +70,9 @@ def open_store(
         return Logins(reactor, pool, logins, registry, reference.repository)
 
     servers = [
-        RegistryHost(host, reference, Transport.over_sockets(reactor, trust_root), keychain(host), plain_http)
+        RegistryHost(
+            host, reference, Transport.over_sockets(reactor, trust_root, tell), keychain(host), plain_http
+        )
         for host in found.hosts
     ]
     documents = None if cache_dir is None else DocumentFiles(reactor, pool, cache_dir)

@@ -29,6 +29,7 @@ from twisted.web.iweb import IAgent, IAgentEndpointFactory, IBodyProducer, IPoli
 from zope.interface import implementer
 
 from erofs_twisted import __version__
+from erofs_twisted.interfaces import Tell, silent
 from erofs_twisted.registry.body import abandon
 from erofs_twisted.registry.errors import TransferFailed
 from erofs_twisted.registry.failures import NETWORK_FAILURES, is_cancellation, network_failure
@@ -175,9 +176,10 @@ class Transport:
     """An IReactorTime; the reactor itself where there are sockets."""
     _client: HTTPClient
     _pool: HTTPConnectionPool | None = None
+    tell: Tell = silent
 
     @classmethod
-    def over_sockets(cls, reactor: Any, trust_root: Any = None) -> Transport:
+    def over_sockets(cls, reactor: Any, trust_root: Any = None, tell: Tell = silent) -> Transport:
         """``trust_root`` (the platform's, and with it what SSL_CERT_FILE names) vouches for https servers."""
         pool = HTTPConnectionPool(reactor)
         pool._factory = _ClientFactory
@@ -185,12 +187,12 @@ class Transport:
         pool.cachedConnectionTimeout = IDLE_SECONDS
         policy = HostnameCachingHTTPSPolicy(BrowserLikePolicyForHTTPS(trust_root))
         agent = Agent.usingEndpointFactory(reactor, _Endpoints(reactor, policy), pool)
-        return cls(reactor, HTTPClient(IdentityAgent(agent)), pool)
+        return cls(reactor, HTTPClient(IdentityAgent(agent)), pool, tell)
 
     @classmethod
-    def over_agent(cls, clock: Any, agent: IAgent) -> Transport:
+    def over_agent(cls, clock: Any, agent: IAgent, tell: Tell = silent) -> Transport:
         """Over any agent: a proxy's, or a test's."""
-        return cls(clock, HTTPClient(IdentityAgent(agent)))
+        return cls(clock, HTTPClient(IdentityAgent(agent)), tell=tell)
 
     async def get(self, url: str, headers: Mapping[str, str], seconds: float) -> IResponse:
         """`request` with GET."""
@@ -203,6 +205,7 @@ class Transport:
 
         Who gets the answer must receive, discard or abandon its body. Raises `TransferFailed`.
         """
+        began = self.clock.seconds()
         answer = self._client.request(
             method,
             _url(url),
@@ -213,11 +216,22 @@ class Transport:
             reactor=self.clock,
         )
         try:
-            return await answer.addTimeout(seconds, self.clock, _timed_out)
+            response = await answer.addTimeout(seconds, self.clock, _timed_out)
         except NETWORK_FAILURES as error:
             if is_cancellation(error):
                 raise CancelledError from error
-            raise network_failure(error, url) from error
+            failure = network_failure(error, url)
+            if self.tell is not silent:
+                self.tell(f"{method} {failure} ({self._since(began)})")
+            raise failure from error
+        if self.tell is not silent:
+            asked = f" {headers['Range']}" if "Range" in headers else ""
+            phrase = response.phrase.decode("latin-1")
+            self.tell(f"{method} {redacted(url)}{asked}: {response.code} {phrase} ({self._since(began)})")
+        return response
+
+    def _since(self, began: float) -> str:
+        return f"{1000 * (self.clock.seconds() - began):.1f} ms"
 
     async def close(self) -> None:
         """Close the connections that wait for a next request."""

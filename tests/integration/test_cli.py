@@ -31,6 +31,7 @@ LOOKING = {
     "platform",
     "stall-timeout",
     "username",
+    "verbose",
 }
 """The options of ``inspect``."""
 
@@ -272,7 +273,7 @@ class MistakeTests(CommandTestCase):
             self.assert_refused(run(BIN / "twistd", "erofs-nbd", *words, cwd=self.directory), reason)
 
     def test_commands_refuse_wrong_values_by_the_options_name(self) -> None:
-        for option in sorted(LOOKING - {"plain-http"}):
+        for option in sorted(LOOKING - {"plain-http", "verbose"}):
             done = self.erofs_nbd("inspect", "host.example/app", f"--{option}={WRONG[option][0]}")
             self.assert_refused(done, f"--{option}" if option != "username" else "--password-file")
         self.assert_refused(self.erofs_nbd("inspect", "Upper/Case"), "lower case")

@@ -18,6 +18,7 @@ from twisted.web.http_headers import Headers
 from twisted.web.iweb import UNKNOWN_LENGTH, IAgent, IBodyProducer, IResponse
 from zope.interface import implementer
 
+from erofs_twisted.interfaces import Tell, silent
 from erofs_twisted.registry.transport import Transport
 
 
@@ -174,10 +175,10 @@ class FakeAgent:
 
 
 def fake_transport(
-    answer: Callable[[FakeRequest], object] | None = None,
+    answer: Callable[[FakeRequest], object] | None = None, tell: Tell = silent
 ) -> tuple[FakeAgent, Clock, Transport]:
     """A transport over a `FakeAgent`, and the clock that both go by."""
     agent = FakeAgent(answer) if answer else FakeAgent()
     clock = Clock()
     clock.advance(1_700_000_000)
-    return agent, clock, Transport.over_agent(clock, agent)
+    return agent, clock, Transport.over_agent(clock, agent, tell)

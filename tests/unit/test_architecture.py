@@ -88,6 +88,7 @@ FLOORS: dict[int, list[str]] = {
         "registry.store",
         "registry.referrers",
         "registry.host",
+        "registry.probe",
         "registry.hostsdir",
         "registry.replicas",
         "registry.push",
@@ -123,7 +124,16 @@ FLOORS: dict[int, list[str]] = {
     ],
     2: ["prefetch", "prefetch.fill", "prefetch.metadata", "prefetch.warmup", "options", "tracing", "waiting"],
     3: ["image"],
-    4: ["service", "cachekeeping", "recording", "tracereport", "inspection", "serving", "unmounting"],
+    4: [
+        "service",
+        "cachekeeping",
+        "recording",
+        "tracereport",
+        "inspection",
+        "messages",
+        "serving",
+        "unmounting",
+    ],
     5: ["tap", "cli"],
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
