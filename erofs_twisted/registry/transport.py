@@ -22,6 +22,7 @@ from twisted.web.client import (
     BrowserLikePolicyForHTTPS,
     HostnameCachingHTTPSPolicy,
     HTTPConnectionPool,
+    ProxyAgent,
     _HTTP11ClientFactory,
 )
 from twisted.web.http_headers import Headers
@@ -30,8 +31,13 @@ from zope.interface import implementer
 
 from erofs_twisted import __version__
 from erofs_twisted.registry.body import abandon
+from erofs_twisted.registry.concurrency import LimitedAgent
 from erofs_twisted.registry.errors import TransferFailed
 from erofs_twisted.registry.failures import NETWORK_FAILURES, is_cancellation, network_failure
+from erofs_twisted.registry.keepalive import KeptAlive
+from erofs_twisted.registry.proxies import Proxies, Proxy, authority
+from erofs_twisted.registry.proxyagent import PlainProxyAgent
+from erofs_twisted.registry.tunnel import Tunnel
 from erofs_twisted.registry.urls import redacted
 
 USER_AGENT = f"erofs-twisted/{__version__}"
@@ -62,7 +68,9 @@ class _Client(HTTP11ClientProtocol):
 
     def _take(self, size: int) -> None:
         transport = self.transport
-        connection: Any = getattr(transport, "transport", transport)  # TLS has the real one below it
+        connection: Any = transport
+        while (below := getattr(connection, "transport", None)) is not None:  # TLS has the real one below it
+            connection = below
         if connection is not None:
             connection.bufferSize = size
 
@@ -96,6 +104,7 @@ class _Endpoints:
 
     _reactor: Any
     _policy: IPolicyForHTTPS
+    _proxies: Proxies = attrs.field(factory=Proxies)
     _known: dict[tuple[bytes, bytes, int], IStreamClientEndpoint] = attrs.field(factory=dict, init=False)
 
     def endpointForURI(self, uri: URI) -> IStreamClientEndpoint:
@@ -104,11 +113,30 @@ class _Endpoints:
         if endpoint is None:
             if len(self._known) >= MAX_HOSTS:
                 self._known.clear()
-            endpoint = HostnameEndpoint(self._reactor, uri.host, uri.port, timeout=CONNECT_TIMEOUT)
+            endpoint = self._way(uri)
             if uri.scheme == b"https":
                 endpoint = wrapClientTLS(self._policy.creatorForNetloc(uri.host, uri.port), endpoint)
             self._known[key] = endpoint
         return endpoint
+
+    def to_proxy(self, proxy: Proxy) -> IStreamClientEndpoint:
+        host = proxy.host.encode("ascii")
+        endpoint = self._over_tcp(host, proxy.port)
+        if proxy.scheme == "https":
+            return wrapClientTLS(self._policy.creatorForNetloc(host, proxy.port), endpoint)
+        return endpoint
+
+    def _way(self, uri: URI) -> IStreamClientEndpoint:
+        """To where TLS begins, or HTTP."""
+        target = authority(uri.host.decode("ascii"), uri.port)
+        proxy = self._proxies.proxy_for(f"https://{target}/") if uri.scheme == b"https" else None
+        if proxy is None:
+            return self._over_tcp(uri.host, uri.port)
+        return Tunnel(self._reactor, proxy, self.to_proxy(proxy), target, USER_AGENT)
+
+    def _over_tcp(self, host: bytes, port: int) -> IStreamClientEndpoint:
+        """By the address that answers first (RFC 8305, "Happy Eyeballs")."""
+        return KeptAlive(HostnameEndpoint(self._reactor, host, port, timeout=CONNECT_TIMEOUT))
 
 
 @implementer(IAgent)
@@ -177,15 +205,23 @@ class Transport:
     _pool: HTTPConnectionPool | None = None
 
     @classmethod
-    def over_sockets(cls, reactor: Any, trust_root: Any = None) -> Transport:
-        """``trust_root`` (the platform's, and with it what SSL_CERT_FILE names) vouches for https servers."""
+    def over_sockets(cls, reactor: Any, trust_root: Any = None, proxies: Proxies | None = None) -> Transport:
+        """``trust_root`` (the platform's, and with it what SSL_CERT_FILE names) vouches for https servers.
+
+        Without ``proxies``, all are reached directly.
+        """
         pool = HTTPConnectionPool(reactor)
         pool._factory = _ClientFactory
         pool.maxPersistentPerHost = IDLE_CONNECTIONS
         pool.cachedConnectionTimeout = IDLE_SECONDS
         policy = HostnameCachingHTTPSPolicy(BrowserLikePolicyForHTTPS(trust_root))
-        agent = Agent.usingEndpointFactory(reactor, _Endpoints(reactor, policy), pool)
-        return cls(reactor, HTTPClient(IdentityAgent(agent)), pool)
+        proxies = Proxies() if proxies is None else proxies
+        endpoints = _Endpoints(reactor, policy, proxies)
+        agent: IAgent = Agent.usingEndpointFactory(reactor, endpoints, pool)
+        if proxies.http is not None:
+            proxied = ProxyAgent(endpoints.to_proxy(proxies.http), reactor, pool)
+            agent = PlainProxyAgent(agent, proxied, proxies)
+        return cls(reactor, HTTPClient(IdentityAgent(LimitedAgent(agent))), pool)
 
     @classmethod
     def over_agent(cls, clock: Any, agent: IAgent) -> Transport:
