@@ -179,6 +179,7 @@ def store_of(reactor: Any, pool: ThreadPool, config: ImageConfig) -> IImageStore
         plain_http=config.plain_http,
         io_timeout=config.io_timeout,
         cache_dir=str(config.cache_dir),
+        proxies=config.proxies,
         pool=pool,
     )
 

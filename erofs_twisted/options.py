@@ -26,7 +26,9 @@ from erofs_twisted.registry.dockerconfig import (
     parse_docker_config,
     standard_files,
 )
+from erofs_twisted.registry.errors import InvalidProxy
 from erofs_twisted.registry.platform import Platform
+from erofs_twisted.registry.proxies import Proxies
 from erofs_twisted.registry.reference import ImageReference, LayoutReference, parse_reference
 
 Values = Mapping[str, str | bool | None]
@@ -43,6 +45,15 @@ class OptionError(ErofsTwistedError):
     def __init__(self, option: str, message: str) -> None:
         super().__init__(f"--{option}: {message}")
         self.option = option
+        self.message = message
+
+
+class VariableError(OptionError):
+    """What a variable of the environment holds cannot be used."""
+
+    def __init__(self, variable: str, message: str) -> None:
+        ErofsTwistedError.__init__(self, f"{variable}: {message}")
+        self.option = variable
         self.message = message
 
 
@@ -113,6 +124,7 @@ class ImageConfig:
     """Which image, and how to get at it. ``layer`` None means all layers; ``io_timeout`` is in seconds.
 
     ``credentials`` were given themselves; without them, ``logins`` says where they are.
+    ``proxies`` are the environment's.
     ``trace`` is 'auto', 'record' or 'off'; ``fill`` 'auto', 'off' or 'full'; ``cache_size`` in bytes and
     ``fill_rate`` in bytes a second, None for no limit.
     """
@@ -122,6 +134,7 @@ class ImageConfig:
     layer: int | None
     credentials: Credentials | None
     logins: LoginFiles
+    proxies: Proxies
     plain_http: bool
     cache_dir: Path
     cache_size: int | None
@@ -146,7 +159,7 @@ class MountConfig:
 
 
 def read_image_config(image: str, values: Values) -> ImageConfig:
-    """From what was typed; reads the password file. Raises `OptionError`."""
+    """From what was typed, and from the environment; reads the password file. Raises `OptionError`."""
     values = _with_oci_shorthand(values)
     reference = _read("image", image, parse_reference)
     if isinstance(reference, LayoutReference):
@@ -157,6 +170,7 @@ def read_image_config(image: str, values: Values) -> ImageConfig:
         layer=_given(values, "layer", _whole_number, lambda: None),
         credentials=_credentials(values),
         logins=_logins(values),
+        proxies=_proxies(reference),
         plain_http=bool(values.get("plain-http")),
         cache_dir=_given(values, "cache-dir", _directory, default_cache_dir),
         cache_size=_given(values, "cache-size", _size, lambda: None),
@@ -269,6 +283,15 @@ def _logins(values: Values) -> LoginFiles:
     if values.get("username") is not None:
         raise OptionError("auth-file", "there is also a --username; give one of them")
     return _read("auth-file", str(values["auth-file"]), _login_file)
+
+
+def _proxies(reference: ImageReference | LayoutReference) -> Proxies:
+    if isinstance(reference, LayoutReference):
+        return Proxies()
+    try:
+        return Proxies.from_environment(os.environ)
+    except InvalidProxy as error:
+        raise VariableError(error.variable, error.message) from error
 
 
 def _login_file(path: str) -> LoginFiles:

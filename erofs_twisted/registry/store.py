@@ -9,6 +9,7 @@ from twisted.python.threadpool import ThreadPool
 from erofs_twisted.interfaces import IImageStore
 from erofs_twisted.registry.credentials import Credentials
 from erofs_twisted.registry.dockerconfig import LoginFiles
+from erofs_twisted.registry.proxies import Proxies
 from erofs_twisted.registry.reference import ImageReference, LayoutReference
 
 
@@ -23,13 +24,14 @@ def open_store(
     io_timeout: float = 120.0,
     cache_dir: str | None = None,
     trust_root: Any = None,
+    proxies: Proxies | None = None,
 ) -> IImageStore:
     """The `IImageStore` of ``reference``. Nothing is opened before it is used.
 
     ``credentials`` win over those in ``logins``. ``io_timeout`` is how many seconds a read of a registry's
     blob goes on without progress. ``trust_root``, an IOpenSSLTrustRoot, stands for the platform's
-    certificates. Below ``cache_dir`` a registry's manifests are kept. Files are read in the threads of
-    ``pool``.
+    certificates. ``proxies`` lie before the registry; None: there are none. Below ``cache_dir`` a registry's
+    manifests are kept. Files are read in the threads of ``pool``.
     """
     if isinstance(reference, LayoutReference):
         from erofs_twisted.registry.layout import LayoutStore
@@ -41,7 +43,7 @@ def open_store(
     from erofs_twisted.registry.keychain import Given, IKeychain
     from erofs_twisted.registry.transport import Transport
 
-    transport = Transport.over_sockets(reactor, trust_root)
+    transport = Transport.over_sockets(reactor, trust_root, proxies)
     documents = None if cache_dir is None else DocumentFiles(reactor, pool, cache_dir)
     keychain: IKeychain = Given(credentials)
     if credentials is None and logins is not None:
