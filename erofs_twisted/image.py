@@ -194,6 +194,7 @@ def store_of(reactor: Any, pool: ThreadPool, config: ImageConfig) -> IImageStore
         stall_timeout=config.stall_timeout,
         tell=teller(config),
         cache_dir=str(config.cache_dir),
+        proxies=config.proxies,
         pool=pool,
     )
 

@@ -26,9 +26,11 @@ from erofs_twisted.registry.dockerconfig import (
     parse_docker_config,
     standard_files,
 )
+from erofs_twisted.registry.errors import InvalidProxy
 from erofs_twisted.registry.hosts import InvalidHosts
 from erofs_twisted.registry.hostsdir import STANDARD, FoundHosts, find_hosts
 from erofs_twisted.registry.platform import Platform
+from erofs_twisted.registry.proxies import Proxies
 from erofs_twisted.registry.reference import ImageReference, LayoutReference, parse_reference
 
 Values = Mapping[str, str | bool | None]
@@ -45,6 +47,15 @@ class OptionError(ErofsTwistedError):
     def __init__(self, option: str, message: str) -> None:
         super().__init__(f"--{option}: {message}")
         self.option = option
+        self.message = message
+
+
+class VariableError(OptionError):
+    """What a variable of the environment holds cannot be used."""
+
+    def __init__(self, variable: str, message: str) -> None:
+        ErofsTwistedError.__init__(self, f"{variable}: {message}")
+        self.option = variable
         self.message = message
 
 
@@ -123,6 +134,7 @@ class ImageConfig:
 
     ``credentials`` were given themselves; without them, ``logins`` says where they are.
     ``hosts`` are the servers of the image's registry; of a layout there are none.
+    ``proxies`` are the environment's.
     ``trace`` is 'auto', 'record' or 'off'; ``fill`` 'auto', 'off' or 'full'; ``cache_size`` in bytes and
     ``fill_rate`` in bytes a second, None for no limit.
     """
@@ -133,6 +145,7 @@ class ImageConfig:
     credentials: Credentials | None
     logins: LoginFiles
     hosts: FoundHosts
+    proxies: Proxies
     plain_http: bool
     cache_dir: Path
     cache_size: int | None
@@ -159,7 +172,7 @@ class MountConfig:
 
 
 def read_image_config(image: str, values: Values) -> ImageConfig:
-    """From what was typed; reads the password file. Raises `OptionError`."""
+    """From what was typed, and from the environment; reads the password file. Raises `OptionError`."""
     values = _with_oci_shorthand(values)
     reference = _read("image", image, parse_reference)
     if isinstance(reference, LayoutReference):
@@ -171,6 +184,7 @@ def read_image_config(image: str, values: Values) -> ImageConfig:
         credentials=_credentials(values),
         logins=_logins(values),
         hosts=_hosts(values, reference),
+        proxies=_proxies(reference),
         plain_http=bool(values.get("plain-http")),
         cache_dir=_given(values, "cache-dir", _directory, default_cache_dir),
         cache_size=_given(values, "cache-size", _size, lambda: None),
@@ -302,6 +316,15 @@ def _directories(text: str) -> tuple[str, ...]:
         if not os.path.isdir(path):
             raise ValueError(f"{path!r} is not a directory; several are separated by colons")
     return tuple(map(os.path.abspath, text.split(":")))
+
+
+def _proxies(reference: ImageReference | LayoutReference) -> Proxies:
+    if isinstance(reference, LayoutReference):
+        return Proxies()
+    try:
+        return Proxies.from_environment(os.environ)
+    except InvalidProxy as error:
+        raise VariableError(error.variable, error.message) from error
 
 
 def _login_file(path: str) -> LoginFiles:

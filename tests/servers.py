@@ -213,6 +213,23 @@ class Nginx(Process):
 
 
 @attrs.define(eq=False)
+class Tinyproxy(Process):
+    """A forward proxy for ``user``, USER:PASSWORD, or for anybody; ``directives`` are lines of its own
+    configuration."""
+
+    user: str = ""
+    directives: str = ""
+
+    def command(self) -> Sequence[str]:
+        path = self.directory / "tinyproxy.conf"
+        login = f"BasicAuth {self.user.replace(':', ' ', 1)}\n" if self.user else ""
+        path.write_text(
+            f"Port {self.port}\nListen 127.0.0.1\nTimeout 600\nLogLevel Info\n{login}{self.directives}\n"
+        )
+        return [tool("tinyproxy"), "-d", "-c", str(path)]
+
+
+@attrs.define(eq=False)
 class TokenServer(ThreadServer):
     """Gives out bearer tokens that a `DockerRegistry` with `registry_auth` accepts.
 

@@ -34,6 +34,15 @@ class InvalidHeader(RegistryError):
     """A header of a response does not follow its grammar."""
 
 
+class InvalidProxy(RegistryError):
+    """What the environment's ``variable`` holds is no proxy. It is not shown: it may hold a password."""
+
+    def __init__(self, variable: str, message: str) -> None:
+        super().__init__(f"{variable}: {message}")
+        self.variable = variable
+        self.message = message
+
+
 class InvalidManifest(RegistryError):
     """A manifest, an index or a layout's file is not what the OCI specification says."""
 

@@ -20,6 +20,8 @@ from erofs_twisted.errors import ErofsTwistedError
 from erofs_twisted.registry.reference import DOCKER_HUB, DOCKER_HUB_API
 
 API_ROOT = "/v2"
+CONNECT_TIMEOUT, MIRROR_CONNECT_TIMEOUT = 10.0, 3.0
+"""Seconds, where nothing is said of it."""
 
 
 class InvalidHosts(ErofsTwistedError):
@@ -77,6 +79,11 @@ class HostSettings:
         more += ["its certificate is not verified"] if self.skip_verify else []
         more += [f"headers {', '.join(self.headers)}"] if self.headers else []
         return f"{'mirror' if self.is_mirror else 'server'} {self}: " + "; ".join((able, *more))
+
+    @property
+    def connect_timeout(self) -> float:
+        """Seconds for a connection: fewer where there is another server to ask."""
+        return self.dial_timeout or (MIRROR_CONNECT_TIMEOUT if self.is_mirror else CONNECT_TIMEOUT)
 
     def is_of(self, registry: str) -> bool:
         """Is this a server of ``registry`` itself, by its name?"""

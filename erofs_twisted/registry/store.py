@@ -12,6 +12,7 @@ from erofs_twisted.registry.credentials import Credentials
 from erofs_twisted.registry.dockerconfig import LoginFiles
 from erofs_twisted.registry.hosts import HostSettings, default_host
 from erofs_twisted.registry.hostsdir import FoundHosts
+from erofs_twisted.registry.proxies import Proxies
 from erofs_twisted.registry.reference import ImageReference, LayoutReference
 
 _log = Logger()
@@ -31,13 +32,14 @@ def open_store(
     cache_dir: str | None = None,
     trust_root: Any = None,
     tell: Tell = silent,
+    proxies: Proxies | None = None,
 ) -> IImageStore:
     """The `IImageStore` of ``reference``. Nothing is opened before it is used.
 
     ``credentials`` win over those in ``logins``. ``io_timeout`` is how many seconds a read of a registry's
     blob goes on without progress. ``trust_root``, an IOpenSSLTrustRoot, stands for the platform's
-    certificates. Below ``cache_dir`` a registry's manifests are kept. Files are read in the threads of
-    ``pool``.
+    certificates. ``proxies`` lie before the registry; None: there are none. Below ``cache_dir`` a registry's
+    manifests are kept. Files are read in the threads of ``pool``.
     """
     if isinstance(reference, LayoutReference):
         from erofs_twisted.registry.layout import LayoutStore
@@ -69,11 +71,11 @@ def open_store(
         registry = reference.registry if host.is_of(reference.registry) else host.authority
         return Logins(reactor, pool, logins, registry, reference.repository)
 
-    servers = [
-        RegistryHost(
-            host, reference, Transport.over_sockets(reactor, trust_root, tell), keychain(host), plain_http
+    servers = []
+    for host in found.hosts:
+        transport = Transport.over_sockets(
+            reactor, trust_root, proxies=proxies, connect_timeout=host.connect_timeout, tell=tell
         )
-        for host in found.hosts
-    ]
+        servers.append(RegistryHost(host, reference, transport, keychain(host), plain_http))
     documents = None if cache_dir is None else DocumentFiles(reactor, pool, cache_dir)
     return RegistryStore(reference, servers, io_timeout, stall_timeout, documents)

@@ -22,6 +22,7 @@ from twisted.web.client import (
     BrowserLikePolicyForHTTPS,
     HostnameCachingHTTPSPolicy,
     HTTPConnectionPool,
+    ProxyAgent,
     _HTTP11ClientFactory,
 )
 from twisted.web.http_headers import Headers
@@ -31,8 +32,13 @@ from zope.interface import implementer
 from erofs_twisted import __version__
 from erofs_twisted.interfaces import Tell, silent
 from erofs_twisted.registry.body import abandon
+from erofs_twisted.registry.concurrency import LimitedAgent
 from erofs_twisted.registry.errors import TransferFailed
 from erofs_twisted.registry.failures import NETWORK_FAILURES, is_cancellation, network_failure
+from erofs_twisted.registry.keepalive import KeptAlive
+from erofs_twisted.registry.proxies import Proxies, Proxy, authority
+from erofs_twisted.registry.proxyagent import PlainProxyAgent
+from erofs_twisted.registry.tunnel import Tunnel
 from erofs_twisted.registry.urls import redacted
 
 USER_AGENT = f"erofs-twisted/{__version__}"
@@ -63,7 +69,9 @@ class _Client(HTTP11ClientProtocol):
 
     def _take(self, size: int) -> None:
         transport = self.transport
-        connection: Any = getattr(transport, "transport", transport)  # TLS has the real one below it
+        connection: Any = transport
+        while (below := getattr(connection, "transport", None)) is not None:  # TLS has the real one below it
+            connection = below
         if connection is not None:
             connection.bufferSize = size
 
@@ -97,6 +105,8 @@ class _Endpoints:
 
     _reactor: Any
     _policy: IPolicyForHTTPS
+    _proxies: Proxies = attrs.field(factory=Proxies)
+    _connect_timeout: float = CONNECT_TIMEOUT
     _known: dict[tuple[bytes, bytes, int], IStreamClientEndpoint] = attrs.field(factory=dict, init=False)
 
     def endpointForURI(self, uri: URI) -> IStreamClientEndpoint:
@@ -105,11 +115,30 @@ class _Endpoints:
         if endpoint is None:
             if len(self._known) >= MAX_HOSTS:
                 self._known.clear()
-            endpoint = HostnameEndpoint(self._reactor, uri.host, uri.port, timeout=CONNECT_TIMEOUT)
+            endpoint = self._way(uri)
             if uri.scheme == b"https":
                 endpoint = wrapClientTLS(self._policy.creatorForNetloc(uri.host, uri.port), endpoint)
             self._known[key] = endpoint
         return endpoint
+
+    def to_proxy(self, proxy: Proxy) -> IStreamClientEndpoint:
+        host = proxy.host.encode("ascii")
+        endpoint = self._over_tcp(host, proxy.port)
+        if proxy.scheme == "https":
+            return wrapClientTLS(self._policy.creatorForNetloc(host, proxy.port), endpoint)
+        return endpoint
+
+    def _way(self, uri: URI) -> IStreamClientEndpoint:
+        """To where TLS begins, or HTTP."""
+        target = authority(uri.host.decode("ascii"), uri.port)
+        proxy = self._proxies.proxy_for(f"https://{target}/") if uri.scheme == b"https" else None
+        if proxy is None:
+            return self._over_tcp(uri.host, uri.port)
+        return Tunnel(self._reactor, proxy, self.to_proxy(proxy), target, USER_AGENT)
+
+    def _over_tcp(self, host: bytes, port: int) -> IStreamClientEndpoint:
+        """By the address that answers first (RFC 8305, "Happy Eyeballs")."""
+        return KeptAlive(HostnameEndpoint(self._reactor, host, port, timeout=self._connect_timeout))
 
 
 @implementer(IAgent)
@@ -177,17 +206,34 @@ class Transport:
     _client: HTTPClient
     _pool: HTTPConnectionPool | None = None
     tell: Tell = silent
+    _proxies: Proxies = attrs.field(factory=Proxies)
 
     @classmethod
-    def over_sockets(cls, reactor: Any, trust_root: Any = None, tell: Tell = silent) -> Transport:
-        """``trust_root`` (the platform's, and with it what SSL_CERT_FILE names) vouches for https servers."""
+    def over_sockets(
+        cls,
+        reactor: Any,
+        trust_root: Any = None,
+        *,
+        proxies: Proxies | None = None,
+        connect_timeout: float = CONNECT_TIMEOUT,
+        tell: Tell = silent,
+    ) -> Transport:
+        """``trust_root`` (the platform's, and with it what SSL_CERT_FILE names) vouches for https servers.
+
+        Without ``proxies``, all are reached directly. Each connection has ``connect_timeout`` seconds.
+        """
         pool = HTTPConnectionPool(reactor)
         pool._factory = _ClientFactory
         pool.maxPersistentPerHost = IDLE_CONNECTIONS
         pool.cachedConnectionTimeout = IDLE_SECONDS
         policy = HostnameCachingHTTPSPolicy(BrowserLikePolicyForHTTPS(trust_root))
-        agent = Agent.usingEndpointFactory(reactor, _Endpoints(reactor, policy), pool)
-        return cls(reactor, HTTPClient(IdentityAgent(agent)), pool, tell)
+        proxies = Proxies() if proxies is None else proxies
+        endpoints = _Endpoints(reactor, policy, proxies, connect_timeout)
+        agent: IAgent = Agent.usingEndpointFactory(reactor, endpoints, pool)
+        if proxies.http is not None:
+            proxied = ProxyAgent(endpoints.to_proxy(proxies.http), reactor, pool)
+            agent = PlainProxyAgent(agent, proxied, proxies)
+        return cls(reactor, HTTPClient(IdentityAgent(LimitedAgent(agent))), pool, tell, proxies)
 
     @classmethod
     def over_agent(cls, clock: Any, agent: IAgent, tell: Tell = silent) -> Transport:
@@ -220,15 +266,21 @@ class Transport:
         except NETWORK_FAILURES as error:
             if is_cancellation(error):
                 raise CancelledError from error
-            failure = network_failure(error, url)
-            if self.tell is not silent:
-                self.tell(f"{method} {failure} ({self._since(began)})")
-            raise failure from error
+            raise self._told(method, network_failure(error, url), began) from error
+        except TransferFailed as error:  # a proxy's doing
+            raise self._told(method, error, began) from error.__cause__
         if self.tell is not silent:
+            proxy = self._proxies.proxy_for(url)
             asked = f" {headers['Range']}" if "Range" in headers else ""
+            asked += f" by the proxy {proxy.url}" if proxy else ""
             phrase = response.phrase.decode("latin-1")
             self.tell(f"{method} {redacted(url)}{asked}: {response.code} {phrase} ({self._since(began)})")
         return response
+
+    def _told(self, method: str, failure: TransferFailed, began: float) -> TransferFailed:
+        if self.tell is not silent:
+            self.tell(f"{method} {failure} ({self._since(began)})")
+        return failure
 
     def _since(self, began: float) -> str:
         return f"{1000 * (self.clock.seconds() - began):.1f} ms"

@@ -7,6 +7,7 @@ import os
 import platform
 import sys
 from pathlib import Path
+from unittest import mock
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -229,6 +230,27 @@ class RefusedTests(OptionsTestCase):
             read_image_config("registry.example/app", {option: text})
         except OptionError as error:
             self.assertIn("--", str(error))
+
+
+class EnvironmentTests(OptionsTestCase):
+    """What is read beside the options."""
+
+    def test_proxies_are_those_of_the_environment(self) -> None:
+        with mock.patch.dict(os.environ, {"HTTPS_PROXY": "proxy.example:3128"}):
+            proxy = parse(*IMAGE, *WHERE).config.image.proxies.proxy_for("https://registry.example/")
+        assert proxy is not None
+        self.assertEqual("http://proxy.example:3128", proxy.url)
+
+    def test_a_proxy_that_cannot_be_used_is_refused_by_its_variable(self) -> None:
+        with mock.patch.dict(os.environ, {"HTTPS_PROXY": "socks5://me:hunter2@proxy.example"}):
+            message = self.refuses()
+        self.assertTrue(message.startswith("HTTPS_PROXY: proxies that speak socks5"), message)
+        self.assertNotIn("hunter2", message)
+
+    def test_an_image_on_disk_needs_no_proxy_that_can_be_used(self) -> None:
+        with mock.patch.dict(os.environ, {"HTTPS_PROXY": "socks5://proxy.example"}):
+            config = parse("--image", "oci:/srv/layout", *WHERE).config
+        self.assertIsNone(config.image.proxies.https)
 
 
 class HelpTests(SynchronousTestCase):
