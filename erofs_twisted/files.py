@@ -9,8 +9,9 @@ import tempfile
 def replace_file(path: str, content: bytes, *, durable: bool) -> None:
     """Put ``content`` at ``path``, in the place of what was there and for this user alone: all, or nothing.
 
-    The directory is made where it is missing. With ``durable`` the content is on disk before it has the name;
-    without, a crash of the system may leave less of it. Raises OSError.
+    The directory is made where it is missing. With ``durable`` the content is on disk before it has the
+    name, and has it for good when this returns; without, a crash of the system may leave less of it. Raises
+    OSError.
     """
     directory = os.path.dirname(path)
     os.makedirs(directory, 0o700, exist_ok=True)
@@ -25,3 +26,9 @@ def replace_file(path: str, content: bytes, *, durable: bool) -> None:
     except BaseException:
         os.unlink(temporary)
         raise
+    if durable:
+        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)

@@ -132,6 +132,7 @@ class OpenImage:
     """
 
     resolved: ResolvedImage
+    layer: Descriptor
     export: IExport
     _source: BlobSource
     _store: IImageStore
@@ -244,7 +245,7 @@ async def open_image(reactor: Any, pool: ThreadPool, config: ImageConfig) -> Ope
         export = recording.of(export)
     warm_up = WarmUp(reactor, source)
     fill = Fill(reactor, source, queue, directory.room, config.fill_rate)
-    image = OpenImage(resolved, export, source, store, warm_up, fill, fill_mode(config), recording)
+    image = OpenImage(resolved, layer, export, source, store, warm_up, fill, fill_mode(config), recording)
     if config.trace != "off" and missing:
         # A mount that finds something in the cache asks the registry for no trace: what is there was one.
         search = find_trace(store, str(config.cache_dir), resolved, layer, ask=missing == layer.size)

@@ -117,6 +117,17 @@ class IBlockDevice(Interface):
         """Give the device back; a Deferred of None when the kernel has let go of it. Idempotent."""
 
 
+@attrs.frozen(kw_only=True)
+class Connected:
+    """A device of the kernel's that has a connection: its path, its size in bytes, what it says of its
+    server, and whether anything holds it."""
+
+    path: str
+    size: int
+    identifier: str
+    is_held: bool
+
+
 class IDeviceConnector(Interface):
     """A way to make an export a device: one of the back ends of ``--attach``."""
 
@@ -126,8 +137,17 @@ class IDeviceConnector(Interface):
         """A Deferred of None where this machine can do it, else it fails with
         `erofs_twisted.errors.MountError` that says what is missing and the cure."""
 
-    def attach(export: IExport, server: INBDServer) -> Deferred[IBlockDevice]:
-        """A Deferred of an `IBlockDevice` of the export's size, or a failure that leaves nothing behind."""
+    def attach(export: IExport, server: INBDServer, identifier: str | None = None) -> Deferred[IBlockDevice]:
+        """A Deferred of an `IBlockDevice` of the export's size, or a failure that leaves nothing behind.
+        ``identifier`` is what the device is to say of its server, where it can say anything, in place of the
+        export's description."""
+
+    def connected() -> Deferred[list[Connected]]:
+        """A Deferred of the devices of this kind that a daemon which was killed may have left."""
+
+    def adopt(path: str, export: IExport, server: INBDServer, identifier: str) -> Deferred[IBlockDevice]:
+        """Serve a device whose server was killed, as one of `connected` said of it. A Deferred of it, or a
+        failure that leaves it as it was."""
 
 
 class IImageStore(Interface):

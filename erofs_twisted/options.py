@@ -159,7 +159,10 @@ class ImageConfig:
 
 @attrs.frozen(kw_only=True)
 class MountConfig:
-    """One mount. ``on_stop`` is 'wait' or 'lazy', ``attach`` 'auto', 'nbd' or 'fuse'."""
+    """One mount. ``on_stop`` is 'wait' or 'lazy', ``attach`` 'auto', 'nbd' or 'fuse'.
+
+    ``typed`` are the options that make the same mount again, by name: paths absolute, no user, no password.
+    """
 
     image: ImageConfig
     mountpoint: str
@@ -169,6 +172,7 @@ class MountConfig:
     on_stop: str
     state_dir: Path
     nbd: NBDSettings
+    typed: Mapping[str, str | bool]
 
 
 def read_image_config(image: str, values: Values) -> ImageConfig:
@@ -204,6 +208,7 @@ def read_mount_config(values: Values) -> MountConfig:
             raise OptionError(required, f"is missing; for example: --{required} {example}")
     settings = NBDSettings()
     return MountConfig(
+        typed=_repeatable(values),
         image=read_image_config(str(values["image"]), values),
         mountpoint=os.path.realpath(str(values["mountpoint"])),
         mkdir=bool(values.get("mkdir")),
@@ -222,6 +227,31 @@ def read_mount_config(values: Values) -> MountConfig:
             max_sectors_kb=_given(values, "nbd-max-request", _kib, lambda: settings.max_sectors_kb),
         ),
     )
+
+
+_PATHS = frozenset({"auth-file", "cache-dir", "hosts-dir", "mountpoint", "state-dir", "tls-ca"})
+_SECRET = frozenset({"username", "password", "password-file"})
+
+
+def _repeatable(values: Values) -> dict[str, str | bool]:
+    """What was typed, as it may be kept, and typed again in another directory."""
+    kept: dict[str, str | bool] = {}
+    for name, value in _with_oci_shorthand(values).items():
+        if name not in OPTIONS or name in _SECRET or value in (None, False, 0):
+            continue
+        text = str(value)
+        if OPTIONS[name].metavar is None:
+            kept[name] = True
+        elif name in _PATHS:
+            kept[name] = ":".join(map(os.path.abspath, text.split(":") if name == "hosts-dir" else [text]))
+        elif name == "image":
+            reference = _read("image", text, parse_reference)
+            if isinstance(reference, LayoutReference):
+                reference = attrs.evolve(reference, directory=os.path.abspath(reference.directory))
+            kept[name] = str(reference)
+        else:
+            kept[name] = text
+    return kept
 
 
 def read_state_dir(values: Values) -> Path:

@@ -7,26 +7,31 @@ from collections.abc import Callable
 from contextlib import AsyncExitStack
 from typing import Any, TypeVar
 
+import attrs
 import sdnotify
 from twisted.application.service import Service
 from twisted.internet.defer import CancelledError, Deferred, DeferredQueue
 from twisted.internet.task import deferLater
 from twisted.logger import Logger
+from twisted.python.failure import Failure
 
 from erofs_twisted.device.connector import choose_connector
 from erofs_twisted.device.fuse import FuseConnector
 from erofs_twisted.device.nbd import NetlinkConnector
 from erofs_twisted.errors import ErofsTwistedError, MountError
 from erofs_twisted.image import OpenImage, open_image
-from erofs_twisted.interfaces import IBlockDevice
+from erofs_twisted.interfaces import IBlockDevice, IDeviceConnector
 from erofs_twisted.mount.mountpoint import Busy, Mountpoint
 from erofs_twisted.mount.watch import MountWatch
 from erofs_twisted.nbd.server import NBDServer
-from erofs_twisted.options import MountConfig
+from erofs_twisted.options import ImageConfig, MountConfig
 from erofs_twisted.pool import SystemCallPool
 from erofs_twisted.process import ExitStatus, on_stop_signal, resume_collections
-from erofs_twisted.state.journal import Journal, MountState
-from erofs_twisted.state.records import Status
+from erofs_twisted.registry.digest import Digest
+from erofs_twisted.registry.reference import ImageReference
+from erofs_twisted.state.journal import Journal, MountState, boot_id
+from erofs_twisted.state.records import Status, record_name
+from erofs_twisted.state.takeover import AFRESH, Plan, Seen, Step, make_plan
 
 BUSY_RETRY = 1.0
 """Seconds between two looks at whether a mount or a device is still in use."""
@@ -62,6 +67,9 @@ class MountService(Service):
         self._give_up: Callable[[], object] | None = None
         self._stop_wishes = 0
         self._life: Deferred[None] | None = None
+        self._state: MountState | None = None
+        self._leaves = False
+        """Does what was there before stay when this ends now?"""
 
     def startService(self) -> None:
         super().startService()  # type: ignore[no-untyped-call]
@@ -95,15 +103,19 @@ class MountService(Service):
     async def _live(self) -> None:
         config = self._config
         failure: str | None = None
-        state: MountState | None = None
+        state = None
         try:
-            state = Journal(config.state_dir).claim(config.mountpoint, str(config.image.reference))
+            journal = Journal(config.state_dir)
+            state = journal.claim(config.mountpoint, str(config.image.reference), config.typed)
+            self._state = state
             async with AsyncExitStack() as undo:
                 mountpoint, device = await self._start(undo, state)
                 resume_collections()
                 await self._serve(mountpoint, device, state)
         except Stopped:
             self.log.info("stopped before {path} was mounted", path=config.mountpoint)
+            if self._leaves:
+                failure = "stopped before it was taken over; its mount waits for a daemon"
         except ErofsTwistedError as error:
             failure = str(error)
             self.log.critical("{path}: {reason}", path=config.mountpoint, reason=failure)
@@ -123,35 +135,43 @@ class MountService(Service):
         pool = SystemCallPool(reactor)
         undo.push_async_callback(pool.stop)
         mountpoint = Mountpoint(reactor, pool, config.mountpoint)
-        await mountpoint.check(make=config.mkdir)
-        state.update(backend="", device="")  # of a daemon that was killed: not mounted any more
-        undo.push_async_callback(mountpoint.remove_if_made)
-        connector = await choose_connector(
-            config.attach,
-            [NetlinkConnector(reactor, pool, config.nbd), FuseConnector(reactor, pool, str(state.path))],
-        )
-        image = await self._unless_stopped(Deferred.fromCoroutine(open_image(reactor, pool, config.image)))
+        nbd, fuse = NetlinkConnector(reactor, pool, config.nbd), FuseConnector(reactor, pool, str(state.path))
+        plan = await self._look(state, nbd, mountpoint)
+        self._leaves = plan.adopts
+        await self._clear(plan, state, nbd, mountpoint)
+        keeps = Step.KEEP in plan.steps
+        if keeps:
+            mountpoint.adopt(plan.mount_id)
+        else:
+            await mountpoint.check(make=config.mkdir)
+            undo.push_async_callback(mountpoint.remove_if_made)
+        connector = nbd if plan.adopts else await choose_connector(config.attach, [nbd, fuse])
+        pinned = _pinned(config.image, state) if plan.adopts else config.image
+        image = await self._unless_stopped(Deferred.fromCoroutine(open_image(reactor, pool, pinned)))
         undo.push_async_callback(image.close)
         server = NBDServer(reactor)
         undo.push_async_callback(server.stop)
         self._raise_if_stopped()
-        device = await connector.attach(image.export, server)
+        device = await self._attach(plan, connector, image, server, state)
+        self._leaves = False
         undo.push_async_callback(self._give_back, device, state)
-        self._raise_if_stopped()
-        await self._unless_stopped(Deferred.fromCoroutine(image.check()))
-        await self._mount(mountpoint, device, image)
+        if not keeps:
+            self._raise_if_stopped()
+            await self._unless_stopped(Deferred.fromCoroutine(image.check()))
+            await self._mount(mountpoint, device, image)
         undo.push_async_callback(self._until_released, device)
         undo.push_async_callback(mountpoint.unmount, lazy=True)
         _ = device.lost.addCallback(lambda _: self._events.put(Event.DEVICE_LOST))
         watch = MountWatch(reactor)
         undo.callback(watch.close)
         _ = watch.gone(mountpoint.path).addCallback(lambda _: self._events.put(Event.UNMOUNTED))
-        state.update(
-            status=Status.READY, backend=connector.name, device=device.path, digest=image.resolved.digest
-        )
+        if keeps:
+            await self._go_on(mountpoint, image)
+        state.update(status=Status.READY, mount_id=mountpoint.mount_id)
         self._notify(f"READY=1\nSTATUS={config.image.reference} on {config.mountpoint}")
         self.log.info(
-            "mounted {image} ({digest}) on {path} through {device} in {seconds:.2f} s",
+            "{what} {image} ({digest}) on {path} through {device} in {seconds:.2f} s",
+            what="took over" if plan.adopts else "mounted",
             image=str(config.image.reference),
             digest=image.resolved.digest,
             path=config.mountpoint,
@@ -160,9 +180,79 @@ class MountService(Service):
         )
         return mountpoint, device
 
+    async def _look(self, state: MountState, nbd: IDeviceConnector, mountpoint: Mountpoint) -> Plan:
+        """What is to be done about what a daemon that was killed has left. Raises `MountError`."""
+        record, config = state.before, self._config
+        if record is None:
+            return AFRESH
+        devices = await nbd.connected() if record.backend == "nbd" else []
+        there = await mountpoint.there()
+        source, mount_id = ("", 0) if there is None else (there.source, there.mount_id)
+        plan = make_plan(record, Seen(boot=boot_id(), devices=devices, source=source, mount_id=mount_id))
+        if plan.adopts and record.image != str(config.image.reference):
+            raise MountError(
+                f"--mountpoint {config.mountpoint}: {record.image} is there, and waits for a daemon; give "
+                f"that as --image, or end it with 'erofs-nbd umount {config.mountpoint}'"
+            )
+        return plan
+
+    async def _clear(
+        self, plan: Plan, state: MountState, nbd: NetlinkConnector, mountpoint: Mountpoint
+    ) -> None:
+        """Take away what is of no use."""
+        assert state.before is not None or plan is AFRESH
+        for step in plan.steps:
+            if state.before is not None:
+                self.log.info("{step}", step=step.told(state.before, plan.device))
+            if step is Step.UNMOUNT:
+                await mountpoint.unmount(lazy=True)
+            elif step is Step.DISCONNECT:
+                await nbd.disconnect(plan.device)
+        if not plan.adopts:
+            state.update(boot=boot_id(), backend="", identifier="", device="", size=0, mount_id=0)
+
+    async def _attach(
+        self,
+        plan: Plan,
+        connector: IDeviceConnector,
+        image: OpenImage,
+        server: NBDServer,
+        state: MountState,
+    ) -> IBlockDevice:
+        """The image's device, a new one or the one that waits for a server, and both on record."""
+        if plan.adopts:
+            record = state.record
+            if image.layer.digest != record.layer or image.export.size != record.size:
+                raise MountError(f"{record.image} is not what {plan.device} was made for any more")
+            return await connector.adopt(plan.device, image.export, server, record.identifier)
+        identifier = self._config.nbd.backend_identifier
+        if identifier is None:
+            identifier = f"{image.export.description} {record_name(self._config.mountpoint)}"
+        # On record before there is a device: it is found by that.
+        state.update(
+            backend=connector.name,
+            identifier=identifier,
+            size=image.export.size,
+            digest=image.resolved.digest,
+            layer=image.layer.digest,
+        )
+        device = await connector.attach(image.export, server, identifier)
+        state.update(device=device.path)
+        return device
+
+    async def _go_on(self, mountpoint: Mountpoint, image: OpenImage) -> None:
+        """With a mount that was there before this daemon."""
+        if await mountpoint.there() is None:
+            self._events.put(Event.UNMOUNTED)
+        self._checking = Deferred.fromCoroutine(image.check()).addErrback(self._not_checked)
+
+    def _not_checked(self, failure: Failure) -> None:
+        failure.trap(ErofsTwistedError, CancelledError)
+        self.log.warn("the rest of the image is not fetched: {reason}", reason=failure.getErrorMessage())
+
     async def _give_back(self, device: IBlockDevice, state: MountState) -> None:
         await device.detach()
-        state.update(backend="", device="")
+        state.update(backend="", identifier="", device="", size=0, mount_id=0)
 
     async def _mount(self, mountpoint: Mountpoint, device: IBlockDevice, image: OpenImage) -> None:
         # mount(2) cannot be cancelled, but it reads the device.
@@ -214,3 +304,12 @@ class MountService(Service):
     def _raise_if_stopped(self) -> None:
         if self._stop_wishes:
             raise Stopped
+
+
+def _pinned(config: ImageConfig, state: MountState) -> ImageConfig:
+    """The image that was mounted, whatever its tag stands for by now."""
+    if not isinstance(config.reference, ImageReference):
+        return config
+    return attrs.evolve(
+        config, reference=attrs.evolve(config.reference, digest=Digest.parse(state.record.digest))
+    )

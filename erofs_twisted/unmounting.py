@@ -38,7 +38,7 @@ async def unmount(reactor: Any, journal: Journal, path: str, lazy: bool = False)
         # A device that is still mounted here is still the one on record, and not another's on the same index.
         if alive:
             await mountpoint.unmount(lazy=lazy)
-        elif await mountpoint.source() == record.device:
+        elif (there := await mountpoint.there()) is not None and there.source == record.device:
             await mountpoint.unmount(lazy=lazy)
             await _clear_device(reactor, pool, journal, record)
     finally:

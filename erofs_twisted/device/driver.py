@@ -7,15 +7,24 @@ import os
 import platform
 import stat
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import attrs
 
 from erofs_twisted.device.machine import load_module, may_administer
 from erofs_twisted.device.netlink import GenericNetlink
-from erofs_twisted.device.uapi import FAMILY, VERSION, Command, Connection, encode_index, parse_index
+from erofs_twisted.device.uapi import (
+    FAMILY,
+    VERSION,
+    Command,
+    Connection,
+    encode_index,
+    encode_reconfigure,
+    parse_index,
+)
 from erofs_twisted.errors import MountError
+from erofs_twisted.interfaces import Connected
 
 SECTOR = 512
 POLL = 0.005
@@ -71,6 +80,33 @@ class NBDDriver:
         except BaseException:
             _disconnect(index)
             raise
+
+    def reconfigure(self, path: str, sockets: Sequence[int], identifier: str) -> Attached:
+        """Give a device whose server has died new sockets. The driver drops them, and says nothing of it, as
+        long as it does not know that the old ones are dead. Raises `MountError`."""
+        attached = self.find(path)
+        try:
+            _request(Command.RECONFIGURE, encode_reconfigure(attached.index, sockets, identifier))
+        except OSError as error:
+            raise MountError(f"the nbd driver does not take {path} back: {error.strerror}") from error
+        return attached
+
+    def connected(self) -> list[Connected]:
+        """All devices that have a connection, whoever made it."""
+        found = []
+        for device in sorted(Path("/sys/block").glob("nbd*")):
+            if _connection(device):
+                path = f"/dev/{device.name}"
+                attached = self.find(path)
+                found.append(
+                    Connected(
+                        path=path,
+                        size=_size(device),
+                        identifier=_backend(device),
+                        is_held=self.is_held(attached),
+                    )
+                )
+        return found
 
     def find(self, path: str) -> Attached:
         """The device of the node at ``path`` as it is now, whoever attached it."""
@@ -149,6 +185,14 @@ def _connection(device: Path) -> int:
         return (device / "pid").stat().st_ino
     except OSError:
         return 0
+
+
+def _backend(device: Path) -> str:
+    """What CONNECT said of the server; '' where it said nothing."""
+    try:
+        return (device / "backend").read_text(errors="surrogateescape").removesuffix("\n")
+    except OSError:
+        return ""
 
 
 def _size(device: Path) -> int:

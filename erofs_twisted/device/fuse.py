@@ -13,7 +13,7 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
-from twisted.internet.defer import CancelledError, Deferred, TimeoutError, maybeDeferred
+from twisted.internet.defer import CancelledError, Deferred, TimeoutError, fail, maybeDeferred, succeed
 from twisted.logger import Logger
 from twisted.python.threadpool import ThreadPool
 from zope.interface import implementer
@@ -22,7 +22,7 @@ from erofs_twisted.device.loop import LoopDevice, open_loop
 from erofs_twisted.device.machine import knows_filesystem, load_module, may_administer
 from erofs_twisted.device.nbdfuse import NBDFuse, missing_programs
 from erofs_twisted.errors import MountError
-from erofs_twisted.interfaces import IBlockDevice, IDeviceConnector, IExport, INBDServer
+from erofs_twisted.interfaces import Connected, IBlockDevice, IDeviceConnector, IExport, INBDServer
 from erofs_twisted.syscalls import MNT_EXPIRE, UMOUNT_NOFOLLOW, in_thread, in_thread_to_its_end, mount, umount
 
 BLOCK_SIZE = 4096
@@ -53,7 +53,18 @@ class FuseConnector:
     def check(self) -> Deferred[None]:
         return Deferred.fromCoroutine(in_thread(self._reactor, self._pool, _check))
 
-    def attach(self, export: IExport, server: INBDServer) -> Deferred[IBlockDevice]:
+    def connected(self) -> Deferred[list[Connected]]:
+        """None: nbdfuse does not outlive its server, and who reads its file gets errors from then on."""
+        return succeed([])
+
+    def adopt(
+        self, path: str, export: IExport, server: INBDServer, identifier: str
+    ) -> Deferred[IBlockDevice]:
+        return fail(MountError(f"{path} is nbdfuse's, which outlives no server"))
+
+    def attach(
+        self, export: IExport, server: INBDServer, identifier: str | None = None
+    ) -> Deferred[IBlockDevice]:
         return Deferred.fromCoroutine(self._attach(export, server))
 
     async def _attach(self, export: IExport, server: INBDServer) -> IBlockDevice:

@@ -6,6 +6,7 @@ import socket
 from typing import Any
 
 from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.defer import TimeoutError as TimedOut
 from twisted.logger import Logger
 from twisted.python.threadpool import ThreadPool
 from zope.interface import implementer
@@ -14,10 +15,14 @@ from erofs_twisted.device.driver import Attached, NBDDriver
 from erofs_twisted.device.settings import NBDSettings
 from erofs_twisted.device.uapi import NBD_FLAG_HAS_FLAGS, NBD_FLAG_READ_ONLY, Connection
 from erofs_twisted.errors import MountError
-from erofs_twisted.interfaces import IBlockDevice, IDeviceConnector, IExport, INBDServer
+from erofs_twisted.interfaces import Connected, IBlockDevice, IDeviceConnector, IExport, INBDServer
 from erofs_twisted.syscalls import in_thread, in_thread_to_its_end
 
 BLOCK_SIZE = 4096
+SETTLED = 0.2
+"""Seconds after which a socket that the driver was given has not been dropped by it."""
+PATIENCE = 10.0
+"""Seconds in which it must have found out that the old socket is dead."""
 
 
 @implementer(IDeviceConnector)
@@ -41,13 +46,59 @@ class NetlinkConnector:
     def check(self) -> Deferred[None]:
         return Deferred.fromCoroutine(in_thread(self._reactor, self._pool, self._driver.check))
 
-    def attach(self, export: IExport, server: INBDServer) -> Deferred[IBlockDevice]:
-        return Deferred.fromCoroutine(self._attach(export, server))
+    def attach(
+        self, export: IExport, server: INBDServer, identifier: str | None = None
+    ) -> Deferred[IBlockDevice]:
+        return Deferred.fromCoroutine(self._attach(export, server, identifier))
 
-    async def _attach(self, export: IExport, server: INBDServer) -> IBlockDevice:
+    def connected(self) -> Deferred[list[Connected]]:
+        return Deferred.fromCoroutine(in_thread(self._reactor, self._pool, self._driver.connected))
+
+    def adopt(
+        self, path: str, export: IExport, server: INBDServer, identifier: str
+    ) -> Deferred[IBlockDevice]:
+        return Deferred.fromCoroutine(self._adopt(path, export, server, identifier))
+
+    def disconnect(self, path: str) -> Deferred[None]:
+        """Take away a device that nobody serves or uses. Fails with `MountError`."""
+
+        def disconnect() -> None:
+            self._driver.detach(self._driver.find(path))
+
+        return Deferred.fromCoroutine(in_thread(self._reactor, self._pool, disconnect))
+
+    async def _adopt(self, path: str, export: IExport, server: INBDServer, identifier: str) -> IBlockDevice:
+        deadline = self._reactor.seconds() + PATIENCE
+        while True:
+            ours, kernels = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+            with kernels:
+                disconnected = server.adopt(ours, export)
+                attached, _ = await in_thread_to_its_end(
+                    self._reactor, self._pool, self._driver.reconfigure, path, [kernels.fileno()], identifier
+                )
+            if not await self._ends_at_once(disconnected):
+                return NBDDevice(self._reactor, self._pool, self._driver, attached, disconnected)
+            if self._reactor.seconds() >= deadline:
+                raise MountError(
+                    f"{path} is served by somebody else, or the nbd driver does not take it back"
+                )
+
+    async def _ends_at_once(self, disconnected: Deferred[None]) -> bool:
+        """Did the driver drop a socket that it was given?"""
+        waited: Deferred[None] = Deferred()
+        _ = disconnected.addCallback(lambda _: None if waited.called else waited.callback(None))
+        try:
+            await waited.addTimeout(SETTLED, self._reactor)
+        except TimedOut:
+            return False
+        return True
+
+    async def _attach(
+        self, export: IExport, server: INBDServer, identifier: str | None = None
+    ) -> IBlockDevice:
         ours, kernels = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         with kernels:
-            connection = self._connection(kernels, export)
+            connection = self._connection(kernels, export, identifier)
             # Served from the start: the driver may read the device before CONNECT returns.
             disconnected = server.adopt(ours, export)
             attached, cancelled = await in_thread_to_its_end(
@@ -59,9 +110,9 @@ class NetlinkConnector:
             raise CancelledError()
         return device
 
-    def _connection(self, kernels: socket.socket, export: IExport) -> Connection:
+    def _connection(self, kernels: socket.socket, export: IExport, identifier: str | None) -> Connection:
         settings = self._settings
-        identifier = settings.backend_identifier
+        identifier = settings.backend_identifier if identifier is None else identifier
         return Connection(
             sockets=[kernels.fileno()],
             size=export.size,

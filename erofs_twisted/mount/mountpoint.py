@@ -72,10 +72,18 @@ class Mountpoint:
         keep it. Raises `Busy`, or another `MountError`."""
         await in_thread_to_its_end(self._reactor, self._pool, _unmount, self.path, self._mount_id, lazy)
 
-    async def source(self) -> str | None:
+    @property
+    def mount_id(self) -> int:
+        """Of the mount that is ours; 0 where there is none."""
+        return self._mount_id or 0
+
+    async def there(self) -> Mount | None:
         """What is mounted here, on top; None where nothing is."""
-        there = mount_at(await in_thread(self._reactor, self._pool, _mounts), self.path)
-        return there.source if there is not None else None
+        return mount_at(await in_thread(self._reactor, self._pool, _mounts), self.path)
+
+    def adopt(self, mount_id: int) -> None:
+        """That mount, which is here, is ours."""
+        self._mount_id = mount_id
 
     async def holders(self) -> list[Holder]:
         """The processes that use what is mounted here."""

@@ -7,6 +7,7 @@ import errno
 import fcntl
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,12 @@ import attrs
 from twisted.logger import Logger
 
 from erofs_twisted.errors import MountError
+from erofs_twisted.files import replace_file
 from erofs_twisted.state.records import MountRecord, RecordError, Status, record_name
 
 RECORD = "record.json"
+DAMAGED = "record.damaged"
+"""Where a record goes that cannot be read."""
 
 
 def process_started(pid: int) -> int | None:
@@ -30,28 +34,31 @@ def process_started(pid: int) -> int | None:
     return None if fields[0] in "ZX" else int(fields[19])
 
 
+def boot_id() -> str:
+    """Of the kernel that runs: what is on record from another boot says nothing of processes and devices."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
 @attrs.define
 class MountState:
-    """A mount's own directory, locked by this process: ``path`` is there until `release`."""
+    """A mount's own directory, locked by this process: ``path`` is there until `release`.
+
+    ``before`` is what a daemon that has ended has left on record. It stays there until `update` replaces it.
+    """
 
     path: Path
     _lock: int
     record: MountRecord
+    before: MountRecord | None = None
 
     def update(self, **changes: Any) -> None:
-        """Replace fields of the record, on disk in one step."""
+        """Replace fields of the record, on disk in one step, and for good when this returns."""
         self.record = attrs.evolve(self.record, **changes)
-        temporary = self.path / f"{RECORD}.new"
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(self.record.to_json())
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(self.path / RECORD)
+        replace_file(str(self.path / RECORD), self.record.to_json(), durable=True)
 
     def release(self, failure: str | None = None) -> None:
         """Give the mount up, leaving nothing; with ``failure``, only the record that tells why, for whoever
-        waits for the mount (`Journal.take_failure`)."""
+        waits for the mount, and what it has left."""
         if self._lock < 0:
             return
         if failure is None:
@@ -70,11 +77,14 @@ class Journal:
 
     log = Logger()
 
-    def claim(self, mountpoint: str, image: str) -> MountState:
+    def claim(
+        self, mountpoint: str, image: str, options: Mapping[str, str | bool] | None = None
+    ) -> MountState:
         """Begin a mount: its directory, locked, with a record that says 'starting'.
 
-        Where the daemon before was killed, the record still names its device, for that may be mounted yet.
-        Raises `MountError` where another daemon serves that mount point or the directory cannot be made.
+        Where the daemon before was killed, the record still tells of its device and its mount, for both may
+        be there yet. Raises `MountError` where another daemon serves that mount point or the directory cannot
+        be made.
         """
         path = self.directory(mountpoint)
         try:
@@ -92,14 +102,18 @@ class Journal:
             ) from error
         started = process_started(os.getpid())
         assert started is not None, "this process runs"
+        before = self._before(mountpoint)
         record = MountRecord(
             mountpoint=mountpoint,
             image=image,
             pid=os.getpid(),
             pid_started=started,
-            **self._inherited(mountpoint),
+            options=dict(options or {}),
         )
-        state = MountState(path, lock, record)
+        if before is not None:
+            names = ("boot", "digest", "layer", "backend", "identifier", "device", "size", "mount_id")
+            record = attrs.evolve(record, **{name: getattr(before, name) for name in names})
+        state = MountState(path, lock, record, before)
         state.update()
         return state
 
@@ -122,13 +136,30 @@ class Journal:
             shutil.rmtree(path, ignore_errors=True)
             os.close(lock)
 
-    def _inherited(self, mountpoint: str) -> dict[str, Any]:
+    def records(self) -> list[MountRecord]:
+        """Of all mounts, by mount point. One that is damaged is passed over, with a warning."""
+        found = []
+        for path in self.state_dir.glob(f"*/{RECORD}"):
+            try:
+                found.append(MountRecord.from_json(path.read_bytes()))
+            except (OSError, RecordError) as error:
+                self.log.warn("{path} is passed over: {reason}", path=str(path), reason=str(error))
+        return sorted(found, key=lambda record: record.mountpoint)
+
+    def _before(self, mountpoint: str) -> MountRecord | None:
         try:
-            before = self.read(mountpoint)
+            return self.read(mountpoint)
         except RecordError as error:
-            self.log.warn("the record of {path} is replaced: {error}", path=mountpoint, error=error)
-            return {}
-        return {} if before is None else {"backend": before.backend, "device": before.device}
+            path = self.directory(mountpoint)
+            (path / RECORD).rename(path / DAMAGED)
+            self.log.warn(
+                "the record of {mountpoint} cannot be read ({reason}); it is set aside as {aside}, and what "
+                "its daemon may have left is not taken over",
+                mountpoint=mountpoint,
+                reason=str(error),
+                aside=str(path / DAMAGED),
+            )
+            return None
 
     def directory(self, mountpoint: str) -> Path:
         """The mount's own directory, whether it is there or not."""

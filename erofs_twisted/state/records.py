@@ -6,12 +6,14 @@ import enum
 import hashlib
 import json
 import re
+from collections.abc import Mapping
+from typing import Any
 
 import attrs
 
 from erofs_twisted.errors import ErofsTwistedError
 
-VERSION = 1
+VERSION = 2
 
 
 class Status(enum.StrEnum):
@@ -31,20 +33,29 @@ class RecordError(ErofsTwistedError):
 class MountRecord:
     """One mount, as its daemon sees it.
 
-    ``pid`` is the daemon's process, ``pid_started`` its start in clock ticks since boot (proc_pid_stat(5),
-    field 22): together they name a process for good. ``digest`` is the manifest's, ``reason`` tells why a
-    mount failed or what its end waits for.
+    ``pid`` is the daemon's process, ``pid_started`` its start in clock ticks since ``boot``
+    (proc_pid_stat(5), field 22; ``boot`` is the kernel's own id): together they name a process for good.
+    ``image`` is what was asked for, with ``options`` that have no secret; ``digest`` is that of its manifest,
+    ``layer`` that of the blob. ``identifier`` is what the device says of its server, ``size`` its bytes.
+    ``mount_id`` is that of the mount namespace's list. ``reason`` tells why a mount failed or what its end
+    waits for.
     """
 
     mountpoint: str
     image: str
     pid: int
     pid_started: int
+    boot: str = ""
     status: Status = Status.STARTING
     reason: str = ""
     digest: str = ""
+    layer: str = ""
     backend: str = ""
+    identifier: str = ""
     device: str = ""
+    size: int = 0
+    mount_id: int = 0
+    options: Mapping[str, str | bool] = attrs.field(factory=dict)
 
     def to_json(self) -> bytes:
         return json.dumps({"version": VERSION, **attrs.asdict(self)}, indent=1).encode() + b"\n"
@@ -58,15 +69,23 @@ class MountRecord:
             raise RecordError(f"not JSON: {error}") from error
         if not isinstance(fields, dict) or fields.pop("version", None) != VERSION:
             raise RecordError(f"not a mount record of version {VERSION}")
-        expected = {field.name: int if "pid" in field.name else str for field in attrs.fields(cls)}
-        for name, kind in expected.items():
+        for name, kind in _KINDS.items():
             if type(fields.get(name)) is not kind:
                 raise RecordError(f"{name} is missing or not {kind.__name__}")
+        if not all(type(value) in (str, bool) for value in fields["options"].values()):
+            raise RecordError("options are not all text or true and false")
         try:
             fields["status"] = Status(fields["status"])
         except ValueError as error:
             raise RecordError(str(error)) from error
-        return cls(**{name: fields[name] for name in expected})
+        return cls(**{name: fields[name] for name in _KINDS})
+
+
+_NUMBERS = ("pid", "pid_started", "size", "mount_id")
+_KINDS: Mapping[str, type[Any]] = {
+    field.name: int if field.name in _NUMBERS else dict if field.name == "options" else str
+    for field in attrs.fields(MountRecord)
+}
 
 
 def record_name(mountpoint: str) -> str:

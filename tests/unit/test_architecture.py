@@ -61,6 +61,7 @@ FLOORS: dict[int, list[str]] = {
         "mount.mountinfo",
         "state",
         "state.records",
+        "state.takeover",
     ],
     1: [
         "nbd.protocol",

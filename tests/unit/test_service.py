@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,12 +14,14 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from erofs_twisted import service
 from erofs_twisted.errors import MountError, ReadError
+from erofs_twisted.interfaces import Connected
 from erofs_twisted.mount.mountpoint import Busy
 from erofs_twisted.options import read_mount_config
 from erofs_twisted.process import ExitStatus
 from erofs_twisted.state.journal import Journal
 from erofs_twisted.state.records import Status
 
+DIGEST = f"sha256:{1:064}"
 STARTED = ["check", "choose", "open", "attach", "check image", "mount"]
 STOPPED = ["unmount", "detach", "stop server", "close image", "remove directory", "stop pool"]
 
@@ -32,8 +35,16 @@ class World:
     waits: dict[str, Deferred[None]] = attrs.field(factory=dict)
     busy: int = 0
     """How often a mount that is not unmounted lazily is in use."""
+    opened: str = ""
+    """The image."""
+    identifier: str = ""
+    """What the device says of its server."""
     held: int = 0
     """How often the device is in use after that."""
+    there: Any = None
+    """What is mounted on the mount point before."""
+    devices: list[Connected] = attrs.field(factory=list)
+    """Those that are connected before."""
     unmounted: Deferred[None] = attrs.field(factory=Deferred)
     lost: Deferred[None] = attrs.field(factory=Deferred)
 
@@ -48,7 +59,7 @@ class World:
         parts: dict[str, Any] = {
             "SystemCallPool": lambda reactor: SimpleNamespace(stop=lambda: self.step("stop pool")),
             "Mountpoint": lambda reactor, pool, path: FakeMountpoint(self, path),
-            "NetlinkConnector": lambda *arguments: None,
+            "NetlinkConnector": lambda *arguments: FakeConnector(self),
             "FuseConnector": lambda *arguments: None,
             "NBDServer": lambda reactor: SimpleNamespace(stop=lambda: self.step("stop server")),
             "MountWatch": lambda reactor: SimpleNamespace(
@@ -64,11 +75,13 @@ class World:
         await self.step("choose")
         return FakeConnector(self)
 
-    async def open_image(self, *arguments: Any) -> Any:
+    async def open_image(self, reactor: object, pool: object, config: Any) -> Any:
+        self.opened = str(config.reference)
         await self.step("open")
         return SimpleNamespace(
-            export=None,
-            resolved=SimpleNamespace(digest="sha256:1"),
+            export=SimpleNamespace(description="a layer", size=8192),
+            layer=SimpleNamespace(digest="sha256:2"),
+            resolved=SimpleNamespace(digest=DIGEST),
             check=lambda: self.step("check image"),
             abandon=lambda: self.waits["mount"].errback(MountError("EIO")),
             close=lambda: self.step("close image"),
@@ -79,12 +92,20 @@ class World:
 class FakeMountpoint:
     world: World
     path: str
+    mount_id: int = 0
 
     async def check(self, make: bool) -> None:
         await self.world.step("check")
 
+    async def there(self) -> Any:
+        return self.world.there
+
+    def adopt(self, mount_id: int) -> None:
+        self.mount_id = mount_id
+
     async def mount(self, *arguments: Any) -> None:
         await self.world.step("mount")
+        self.mount_id = 77
 
     async def unmount(self, lazy: bool = False) -> None:
         if self.world.unmounted.called:
@@ -105,9 +126,20 @@ class FakeConnector:
     world: World
     name: str = "nbd"
 
-    async def attach(self, export: object, server: object) -> FakeDevice:
+    async def attach(self, export: object, server: object, identifier: str) -> FakeDevice:
+        self.world.identifier = identifier
         await self.world.step("attach")
         return FakeDevice(self.world, self.world.lost)
+
+    async def connected(self) -> list[Connected]:
+        return self.world.devices
+
+    async def adopt(self, path: str, export: object, server: object, identifier: str) -> FakeDevice:
+        await self.world.step("adopt")
+        return FakeDevice(self.world, self.world.lost)
+
+    async def disconnect(self, path: str) -> None:
+        await self.world.step(f"disconnect {path}")
 
 
 @attrs.define
@@ -170,7 +202,7 @@ class OrderTests(MountServiceTestCase):
         self.assertEqual(STARTED, self.world.events)
         record = self.record()
         self.assertEqual(
-            (Status.READY, "nbd", "/dev/nbd0", "sha256:1"),
+            (Status.READY, "nbd", "/dev/nbd0", DIGEST),
             (record.status, record.backend, record.device, record.digest),
         )
         self.assertEqual(0, self.stopped)
@@ -296,3 +328,103 @@ class InUseTests(MountServiceTestCase):
         self.assert_ended(1)
         self.assertIn("disconnected by somebody else", self.record().reason)
         self.assertEqual("", self.record().device, "it was given back")
+
+
+class TakeOverTests(MountServiceTestCase):
+    """A daemon was killed while it served, or on the way there or away."""
+
+    def kill(self, **changes: Any) -> None:
+        """What is on record of one, and what it had made is there."""
+        self.start()
+        state = self.service._state
+        assert state is not None
+        state.update(pid_started=1, **changes)
+        identifier = self.world.identifier
+        os.close(state._lock)
+        self.begin_anew(World())
+        self.world.devices = [
+            Connected(path="/dev/nbd0", size=8192, identifier=identifier, is_held=True),
+            Connected(path="/dev/nbd1", size=8192, identifier="somebody else's", is_held=True),
+        ]
+        self.world.there = SimpleNamespace(source="/dev/nbd0", mount_id=77)
+
+    def test_its_device_is_served_again_and_its_mount_goes_on(self) -> None:
+        self.kill()
+        self.start()
+        self.assertEqual(["open", "adopt", "check image"], self.world.events)
+        self.assertEqual(f"registry.example/app:latest@{DIGEST}", self.world.opened)
+        record = self.record()
+        self.assertEqual((Status.READY, "/dev/nbd0", 77), (record.status, record.device, record.mount_id))
+        self.service.request_stop("SIGTERM")
+        self.assertEqual(
+            ["unmount", "detach", "stop server", "close image", "stop pool"], self.world.events[3:]
+        )
+        self.assert_ended(0)
+
+    def test_what_cannot_be_taken_over_now_stays_for_the_next_start(self) -> None:
+        for step in ("open", "adopt"):
+            self.setUp()
+            self.kill()
+            self.world.fails[step] = MountError("not now")
+            self.start()
+            self.assertFalse({"unmount", "unmount lazily", "detach"} & {*self.world.events})
+            self.assert_ended(1)
+            left, self.world.fails = self.world, {}
+            self.begin_anew(World(devices=left.devices, there=left.there))
+            self.start()
+            self.assertEqual(["open", "adopt", "check image"], self.world.events)
+            self.service.request_stop("SIGTERM")
+
+    def test_told_to_stop_before_it_has_taken_over_it_leaves_all_for_the_next_start(self) -> None:
+        self.kill()
+        self.world.waits["open"] = Deferred()
+        self.start()
+        self.service.request_stop("SIGTERM")
+        self.assertEqual(["open", "stop pool"], self.world.events)
+        self.assertEqual(("/dev/nbd0", 77), (self.record().device, self.record().mount_id))
+
+    def test_an_image_whose_rest_cannot_be_had_goes_on_all_the_same(self) -> None:
+        self.kill()
+        self.world.fails["check image"] = ReadError("the registry is down")
+        self.start()
+        self.assertEqual(Status.READY, self.record().status)
+
+    def test_a_mount_that_has_gone_meanwhile_ends_it(self) -> None:
+        self.kill()
+        there, self.world.there = self.world.there, None
+        answers = iter([there, None])
+
+        async def look(mountpoint: object) -> Any:
+            return next(answers)
+
+        self.patch(FakeMountpoint, "there", look)
+        self.start()
+        self.assertEqual(["detach", "stop server", "close image", "stop pool"], self.world.events[-4:])
+        self.assert_ended(0)
+
+    def test_another_image_is_refused_and_nothing_is_touched(self) -> None:
+        self.kill()
+        self.start(image="registry.example/other")
+        self.assertEqual(["stop pool"], self.world.events)
+        self.assert_ended(1)
+        self.assertIn("registry.example/app", self.record().reason)
+
+    def test_a_device_that_was_not_mounted_yet_is_mounted(self) -> None:
+        self.kill(mount_id=0)
+        self.world.there = None
+        self.start()
+        self.assertEqual(["check", "open", "adopt", "check image", "mount"], self.world.events)
+
+    def test_a_device_that_is_in_the_way_is_disconnected(self) -> None:
+        self.kill()
+        self.world.there = SimpleNamespace(source="tmpfs", mount_id=5)
+        self.world.devices = [attrs.evolve(self.world.devices[0], is_held=False)]
+        self.world.fails["check"] = MountError("/mnt is a mount point already")
+        self.start()
+        self.assertEqual(["disconnect /dev/nbd0", "check", "stop pool"], self.world.events)
+
+    def test_a_mount_whose_device_is_gone_is_made_anew(self) -> None:
+        self.kill()
+        self.world.devices = []
+        self.start()
+        self.assertEqual(["unmount lazily", *STARTED], self.world.events[:7])

@@ -47,7 +47,7 @@ class RecordTests(SynchronousTestCase):
 
     def test_a_record_of_another_version_is_refused(self) -> None:
         record = MountRecord(mountpoint="/mnt", image="a", pid=1, pid_started=2)
-        newer = record.to_json().replace(b'"version": 1', b'"version": 2')
+        newer = record.to_json().replace(b'"version": 2', b'"version": 3')
         self.assertRaises(RecordError, MountRecord.from_json, newer)
 
     @given(st.text(), st.text())

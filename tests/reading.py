@@ -1,0 +1,71 @@
+"""A reader of its own process, that reads a file here and there past the page cache, and compares."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+PIECE = 128 * 1024
+
+
+class Reader:
+    """Reads ``path`` until `end`, and compares with ``original``; what is wrong ends it, with a status."""
+
+    def __init__(self, path: Path, original: Path, seed: int) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-S", __file__, str(path), str(original), str(seed)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self._process.stdout is not None
+        self._process.stdout.readline()
+
+    def end(self) -> dict[str, Any]:
+        """``reads``, and the ``pauses``: how long each took, in seconds, the longest first."""
+        said, _ = self._process.communicate()
+        if self._process.returncode != 0:
+            raise AssertionError(f"a reader ended with status {self._process.returncode}: {said}")
+        return dict(json.loads(said))
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+
+def main(path: str, original: str, seed: str) -> None:
+    chosen = random.Random(int(seed))
+    expected = Path(original).read_bytes()
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
+    buffer = mmap.mmap(-1, PIECE)
+    os.set_blocking(0, False)
+    print(flush=True)
+    pauses: list[float] = []
+    while not _has_ended():
+        offset = 4096 * chosen.randrange((len(expected) - PIECE) // 4096)
+        began = time.monotonic()
+        read = os.preadv(fd, [buffer], offset)
+        pauses.append(time.monotonic() - began)
+        if read != PIECE or buffer[:] != expected[offset : offset + PIECE]:
+            sys.exit(f"wrong at {offset}")
+    pauses.sort(reverse=True)
+    print(json.dumps({"reads": len(pauses), "pauses": pauses[:1000]}))
+
+
+def _has_ended() -> bool:
+    """Has our standard input?"""
+    try:
+        return os.read(0, 1) == b""
+    except BlockingIOError:
+        return False
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
