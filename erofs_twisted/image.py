@@ -177,6 +177,7 @@ def store_of(reactor: Any, pool: ThreadPool, config: ImageConfig) -> IImageStore
         credentials=config.credentials,
         logins=config.logins,
         plain_http=config.plain_http,
+        tls=config.tls,
         io_timeout=config.io_timeout,
         cache_dir=str(config.cache_dir),
         pool=pool,

@@ -28,6 +28,7 @@ from erofs_twisted.registry.dockerconfig import (
 )
 from erofs_twisted.registry.platform import Platform
 from erofs_twisted.registry.reference import ImageReference, LayoutReference, parse_reference
+from erofs_twisted.registry.tlssettings import TLSSettings, parse_unverified
 
 Values = Mapping[str, str | bool | None]
 """What the user typed, by option name: a flag is a bool, an option that was not given is None."""
@@ -67,6 +68,12 @@ IMAGE_OPTIONS = (
     Option("password-file", "PATH", "file that holds the password or token; - is standard input"),
     Option("auth-file", "PATH", "Docker's config.json or Podman's auth.json [those that are there]"),
     Option("plain-http", None, "speak HTTP without TLS to the registry (loopback hosts: always)"),
+    Option("tls-ca", "PATH", "authorities to trust beside the system's, a file of PEM certificates"),
+    Option(
+        "insecure-skip-verify",
+        "HOST[:PORT],…",
+        "servers whose certificates are not verified, at port 443 or PORT",
+    ),
     Option("oci", "KEY=VALUE,…", "platform=, layer=, username= and password= in one, as mkfs.erofs has it"),
     Option("cache-dir", "DIR", "where fetched blocks are kept [/var/cache/erofs-twisted]"),
     Option("cache-size", "SIZE", "how much of the disk all that may take; K, M, G, T [no limit]"),
@@ -123,6 +130,7 @@ class ImageConfig:
     credentials: Credentials | None
     logins: LoginFiles
     plain_http: bool
+    tls: TLSSettings
     cache_dir: Path
     cache_size: int | None
     trace: str
@@ -158,6 +166,10 @@ def read_image_config(image: str, values: Values) -> ImageConfig:
         credentials=_credentials(values),
         logins=_logins(values),
         plain_http=bool(values.get("plain-http")),
+        tls=TLSSettings(
+            authorities=_given(values, "tls-ca", _authorities_file, tuple),
+            unverified=_given(values, "insecure-skip-verify", parse_unverified, frozenset),
+        ),
         cache_dir=_given(values, "cache-dir", _directory, default_cache_dir),
         cache_size=_given(values, "cache-size", _size, lambda: None),
         trace=_chosen(values, "trace", "auto"),
@@ -173,9 +185,15 @@ def read_mount_config(values: Values) -> MountConfig:
         if not values.get(required):
             raise OptionError(required, f"is missing; for example: --{required} {example}")
     settings = NBDSettings()
+    image = read_image_config(str(values["image"]), values)
+    mountpoint = os.path.realpath(str(values["mountpoint"]))
+    for path in image.tls.authorities:
+        # It is looked at again while the mount lives, by the thread that the mount needs to answer.
+        if Path(os.path.realpath(path)).is_relative_to(mountpoint):
+            raise OptionError("tls-ca", f"{path} is below the mount point, and the mount would hide it")
     return MountConfig(
-        image=read_image_config(str(values["image"]), values),
-        mountpoint=os.path.realpath(str(values["mountpoint"])),
+        image=image,
+        mountpoint=mountpoint,
         mkdir=bool(values.get("mkdir")),
         options=_given(values, "options", MountOptions.parse, MountOptions),
         attach=_chosen(values, "attach", "auto"),
@@ -273,16 +291,29 @@ def _logins(values: Values) -> LoginFiles:
 
 def _login_file(path: str) -> LoginFiles:
     """One that the user has named must be there, and be right, before anything is begun."""
+    _check_file(path, MAX_CONFIG, parse_docker_config)
+    return LoginFiles((os.path.abspath(path),), is_named=True)
+
+
+def _check_file(path: str, limit: int, parse: Callable[[bytes], object]) -> None:
     if os.path.exists(path) and not os.path.isfile(path):
         raise ValueError(f"{path}: not a file, which could be read again when it changes")
     try:
         with open(path, "rb") as file:
-            parse_docker_config(file.read(MAX_CONFIG))
+            parse(file.read(limit))
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from error
     except ErofsTwistedError as error:
         raise ValueError(f"{path}: {error}") from error
-    return LoginFiles((os.path.abspath(path),), is_named=True)
+
+
+def _authorities_file(path: str) -> tuple[str, ...]:
+    """As with logins: what the user has named must be there, and be right, before anything is begun."""
+    # What certificates need takes a noticeable part of the start-up: only where there are some.
+    from erofs_twisted.registry.pem import MAX_PEM, parse_certificates
+
+    _check_file(path, MAX_PEM + 1, parse_certificates)
+    return (os.path.abspath(path),)
 
 
 def _password_in(path: str) -> str:

@@ -116,12 +116,13 @@ class DockerRegistry(Process):
 
     ``auth`` is a section of its configuration, such as `TokenServer.registry_auth`; ``users`` makes it
     ask for basic authentication; ``certificate`` is a file for the chain and one for the key, and makes it
-    speak TLS.
+    speak TLS; ``clients`` is a file of the authorities whose certificates its clients must show then.
     """
 
     auth: Mapping[str, Any] | None = None
     users: Mapping[str, str] | None = None
     certificate: tuple[Path, Path] | None = None
+    clients: Path | None = None
 
     @property
     def url(self) -> str:
@@ -132,6 +133,8 @@ class DockerRegistry(Process):
         if self.certificate:
             chain, key = self.certificate
             http["tls"] = {"certificate": str(chain), "key": str(key)}
+            if self.clients:
+                http["tls"]["clientcas"] = [str(self.clients)]
         configuration: dict[str, Any] = {
             "version": "0.1",
             "log": {"level": "info", "accesslog": {"disabled": False}},

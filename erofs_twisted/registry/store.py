@@ -10,6 +10,7 @@ from erofs_twisted.interfaces import IImageStore
 from erofs_twisted.registry.credentials import Credentials
 from erofs_twisted.registry.dockerconfig import LoginFiles
 from erofs_twisted.registry.reference import ImageReference, LayoutReference
+from erofs_twisted.registry.tlssettings import TLSSettings
 
 
 def open_store(
@@ -22,14 +23,14 @@ def open_store(
     plain_http: bool = False,
     io_timeout: float = 120.0,
     cache_dir: str | None = None,
-    trust_root: Any = None,
+    tls: TLSSettings | None = None,
 ) -> IImageStore:
     """The `IImageStore` of ``reference``. Nothing is opened before it is used.
 
     ``credentials`` win over those in ``logins``. ``io_timeout`` is how many seconds a read of a registry's
-    blob goes on without progress. ``trust_root``, an IOpenSSLTrustRoot, stands for the platform's
-    certificates. Below ``cache_dir`` a registry's manifests are kept. Files are read in the threads of
-    ``pool``.
+    blob goes on without progress. Files of ``tls`` are read here, for the first time: raises
+    `InvalidTLSFile`. Below ``cache_dir`` a registry's manifests are kept. Other files are read in the threads
+    of ``pool``.
     """
     if isinstance(reference, LayoutReference):
         from erofs_twisted.registry.layout import LayoutStore
@@ -39,9 +40,13 @@ def open_store(
     from erofs_twisted.registry.client import RegistryStore
     from erofs_twisted.registry.documents import DocumentFiles
     from erofs_twisted.registry.keychain import Given, IKeychain
+    from erofs_twisted.registry.tls import TLSPolicy
     from erofs_twisted.registry.transport import Transport
+    from erofs_twisted.registry.urls import Origin
 
-    transport = Transport.over_sockets(reactor, trust_root)
+    registry = Origin.of(f"https://{reference.api_authority}/")
+    policy = TLSPolicy(tls, own=frozenset({(registry.host, registry.port)}))
+    transport = Transport.over_sockets(reactor, policy)
     documents = None if cache_dir is None else DocumentFiles(reactor, pool, cache_dir)
     keychain: IKeychain = Given(credentials)
     if credentials is None and logins is not None:

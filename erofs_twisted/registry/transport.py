@@ -19,8 +19,6 @@ from twisted.web._newclient import HTTP11ClientProtocol
 from twisted.web.client import (
     URI,
     Agent,
-    BrowserLikePolicyForHTTPS,
-    HostnameCachingHTTPSPolicy,
     HTTPConnectionPool,
     _HTTP11ClientFactory,
 )
@@ -177,13 +175,12 @@ class Transport:
     _pool: HTTPConnectionPool | None = None
 
     @classmethod
-    def over_sockets(cls, reactor: Any, trust_root: Any = None) -> Transport:
-        """``trust_root`` (the platform's, and with it what SSL_CERT_FILE names) vouches for https servers."""
+    def over_sockets(cls, reactor: Any, policy: IPolicyForHTTPS) -> Transport:
+        """``policy`` says which https servers are trusted."""
         pool = HTTPConnectionPool(reactor)
         pool._factory = _ClientFactory
         pool.maxPersistentPerHost = IDLE_CONNECTIONS
         pool.cachedConnectionTimeout = IDLE_SECONDS
-        policy = HostnameCachingHTTPSPolicy(BrowserLikePolicyForHTTPS(trust_root))
         agent = Agent.usingEndpointFactory(reactor, _Endpoints(reactor, policy), pool)
         return cls(reactor, HTTPClient(IdentityAgent(agent)), pool)
 

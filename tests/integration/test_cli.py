@@ -21,7 +21,17 @@ from tests.images import EROFS
 from tests.scenery import GZIPPED_TAR, scenery
 from tests.servers import tool
 
-LOOKING = {"plain-http", "platform", "username", "password-file", "auth-file", "oci", "io-timeout"}
+LOOKING = {
+    "plain-http",
+    "platform",
+    "username",
+    "password-file",
+    "auth-file",
+    "tls-ca",
+    "insecure-skip-verify",
+    "oci",
+    "io-timeout",
+}
 """The options of ``inspect``."""
 
 
@@ -208,6 +218,8 @@ WRONG = {
     "username": ["alice"],
     "password-file": ["/nowhere/password", ""],
     "auth-file": ["/nowhere/auth.json", "/", ""],
+    "tls-ca": ["/nowhere/ca.pem", "/", ""],
+    "insecure-skip-verify": ["https://host.example", "*", ""],
     "oci": ["colour=red", "layer=", "layer=0,layer=1", "layer"],
     "io-timeout": ["0", "soon", "-1", "nan", "inf"],
     "options": ["rw", "dev", ""],

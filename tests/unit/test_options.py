@@ -16,7 +16,9 @@ from twisted.trial.unittest import SynchronousTestCase
 from erofs_twisted.cli import commands
 from erofs_twisted.options import IMAGE_OPTIONS, MOUNT_OPTIONS, OptionError, read_image_config
 from erofs_twisted.registry.platform import Platform
+from erofs_twisted.registry.tlssettings import TLSSettings
 from erofs_twisted.tap import Options
+from tests.certificates import make_authority, pem
 from tests.commands import every_command
 
 IMAGE = ("--image", "registry.example/app:1.2")
@@ -137,6 +139,16 @@ class GivenTests(OptionsTestCase):
         logins = parse(*IMAGE, *WHERE, "--auth-file", os.path.relpath(file)).config.image.logins
         self.assertEqual((True, (os.path.abspath(file),)), (logins.is_named, logins.paths))
 
+    def test_authorities_are_in_a_file_that_is_found_from_everywhere(self) -> None:
+        self.assertEqual(TLSSettings(), parse(*IMAGE, *WHERE).config.image.tls)
+        file = self.secret_file(pem(make_authority("a")[1]).decode())
+        tls = parse(*IMAGE, *WHERE, "--tls-ca", os.path.relpath(file)).config.image.tls
+        self.assertEqual((os.path.abspath(file),), tls.authorities)
+
+    def test_servers_that_are_not_verified_are_named_with_their_ports(self) -> None:
+        tls = parse(*IMAGE, *WHERE, "--insecure-skip-verify", "a.example,[::1]:5000").config.image.tls
+        self.assertEqual({("a.example", 443), ("::1", 5000)}, tls.unverified)
+
     def test_the_shorthand_means_what_its_options_mean(self) -> None:
         config = parse(
             *IMAGE, *WHERE, "--oci=platform=linux/arm/v7,layer=3,username=me,password=a=b"
@@ -158,6 +170,26 @@ class RefusedTests(OptionsTestCase):
             self.assertIn(said, str(error))
             self.assertNotIn("hush", str(error))
 
+    def test_a_named_file_of_authorities_has_to_be_one(self) -> None:
+        for path, said in (
+            ("/nonexistent/ca.pem", "/nonexistent/ca.pem: No such file"),
+            (self.secret_file("hush"), "no PEM certificate"),
+            ("/dev/null", "/dev/null: not a file"),
+        ):
+            message = self.refuses("--tls-ca", path)
+            self.assertTrue(message.startswith("--tls-ca: "), message)
+            self.assertIn(said, message)
+
+    def test_a_file_of_authorities_that_the_mount_would_hide_is_refused(self) -> None:
+        file = os.path.abspath(self.secret_file(pem(make_authority("a")[1]).decode()))
+        link = os.path.abspath(self.mktemp())
+        os.symlink(os.path.dirname(file), link)
+        for mountpoint in (os.path.dirname(file), os.path.dirname(os.path.dirname(file)), link):
+            error = self.assertRaises(
+                usage.UsageError, parse, *IMAGE, "--mountpoint", mountpoint, "--tls-ca", file
+            )
+            self.assertIn("below the mount point", str(error))
+
     def test_a_user_and_a_file_of_logins_are_one_too_many(self) -> None:
         who = ("--username", "me", "--password-file", self.secret_file("x"))
         file = ("--auth-file", self.secret_file("{}"))
@@ -177,6 +209,8 @@ class RefusedTests(OptionsTestCase):
             "--attach": ("loop", ""),
             "--cache-size": ("0", "-1", "20 G", "lots", "1P", ""),
             "--trace": ("on", "", "AUTO"),
+            "--tls-ca": ("", "/"),
+            "--insecure-skip-verify": ("", "https://a.example", "*", "a:0", "::1"),
             "--on-stop": ("never",),
             "--nbd-io-timeout": ("-1", "1s"),
             "--nbd-timeout": ("x",),
