@@ -49,9 +49,7 @@ def network_failure(error: BaseException, url: str) -> TransferFailed:
 
 
 _CLIENT_PAIR = "a client certificate is NAME.cert with NAME.key in the server's directory below certs.d"
-_OLD = (
-    "the server speaks no TLS that is new enough: 1.2 is the oldest that is used here, so it has to be set up"
-)
+_OLD = "the server speaks only versions of TLS that are too old: 1.2 is the oldest that is used here"
 _PLAIN = "the server does not speak TLS; if the registry speaks HTTP without it, say --plain-http"
 _MEANINGS = {
     "wrong version number": _PLAIN,
@@ -68,7 +66,7 @@ _MEANINGS = {
     "alert certificate unknown": f"the server refuses our client certificate; {_CLIENT_PAIR}",
     "alert unsupported certificate": f"the server refuses our client certificate; {_CLIENT_PAIR}",
     "alert access denied": f"the server does not let our client certificate in; {_CLIENT_PAIR}",
-    "alert handshake failure": "the server and we have nothing in common, or it wants a client certificate; "
+    "alert handshake failure": "the server has no cipher in common with us, or wants a client certificate; "
     + _CLIENT_PAIR,
     "alert unrecognized name": "the server knows no host of this name",
 }

@@ -19,7 +19,7 @@ from zope.interface import implementer
 from erofs_twisted.registry.clientpair import read_usable_client, show
 from erofs_twisted.registry.pemfiles import Signature, Watched, read_authorities, signature
 from erofs_twisted.registry.tlssettings import Server, TLSSettings
-from erofs_twisted.registry.verdict import CertificateRefused, why_not_for, why_refused
+from erofs_twisted.registry.verdict import UNKNOWN_AUTHORITY, CertificateRefused, why_not_for, why_refused
 
 _SYSTEM_BUNDLES = (
     "/etc/ssl/certs/ca-certificates.crt",
@@ -57,7 +57,7 @@ class TLSPolicy:
             self._warn(warning)
 
     def creatorForNetloc(self, hostname: bytes, port: int) -> IOpenSSLClientConnectionCreator:
-        return _Creator(self, hostname.decode("ascii").strip("[]").lower(), port)
+        return _Creator(self, (_normal(hostname.decode("ascii").strip("[]").lower()), port))
 
     def connection_to(self, server: Server) -> SSL.Connection:
         """A connection that is yet to be made, by what the files say now."""
@@ -107,11 +107,10 @@ class _Creator:
     """Endpoints keep these for weeks; the files are looked at for each connection."""
 
     _policy: TLSPolicy
-    _host: str
-    _port: int
+    _server: Server
 
     def clientConnectionForTLS(self, tlsProtocol: Any) -> SSL.Connection:
-        return self._policy.connection_to((self._host, self._port))
+        return self._policy.connection_to(self._server)
 
 
 class _Connection(SSL.Connection):
@@ -130,9 +129,11 @@ def _verify(connection: SSL.Connection, certificate: X509, error: int, depth: in
         found = certificate.to_cryptography()
         if not is_right:
             reason: str | None = why_refused(error, depth, found, connection.host, datetime.now(UTC))
+            if error in UNKNOWN_AUTHORITY and (lack := _lack_of_authorities()):
+                reason = f"{reason}; {lack}"
         else:
             reason = why_not_for(found, connection.host) if depth == 0 else None
-    except Exception as broken:  # noqa: BLE001 - nothing but a verdict may leave, or a bad certificate passes
+    except Exception as broken:  # noqa: BLE001 - Twisted expects no other error than OpenSSL's
         reason = f"a certificate that the server sends cannot be read ({type(broken).__name__}: {broken})"
     if reason is not None:
         raise CertificateRefused(reason)
@@ -147,6 +148,22 @@ def _is_address(host: str) -> bool:
     return True
 
 
+def _normal(host: str) -> str:
+    """An address can be spelt in many ways."""
+    return str(ipaddress.ip_address(host)) if _is_address(host) else host
+
+
 def _system_signatures() -> list[Signature]:
-    named = filter(None, (os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR")))
-    return [signature(path) for path in (*named, *_SYSTEM_BUNDLES)]
+    file, directories = os.environ.get("SSL_CERT_FILE", ""), os.environ.get("SSL_CERT_DIR", "")
+    return [signature(path) for path in (file, *directories.split(os.pathsep), *_SYSTEM_BUNDLES)]
+
+
+def _lack_of_authorities() -> str:
+    """Why nobody is trusted, where there are no authorities of the system: OpenSSL does not say."""
+    file = os.environ.get("SSL_CERT_FILE")
+    if file is not None and not os.access(file, os.R_OK):
+        return f"SSL_CERT_FILE in the environment names {file!r}, which cannot be read"
+    is_named = file is not None or "SSL_CERT_DIR" in os.environ
+    if not is_named and not any(map(os.path.exists, _SYSTEM_BUNDLES)):
+        return "this system has no authorities of its own: its package for them, ca-certificates, is missing"
+    return ""

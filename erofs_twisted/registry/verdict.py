@@ -35,6 +35,10 @@ class CertificateRefused(TLSError):
         self.reason = reason
 
 
+UNKNOWN_AUTHORITY = frozenset({2, 18, 19, 20, 21})
+"""The numbers of errors which only say that whoever vouches is not trusted."""
+
+
 def why_refused(error: int, depth: int, certificate: x509.Certificate, host: str, now: datetime) -> str:
     """What OpenSSL found wrong with ``certificate``, in the chain of ``host``'s.
 
@@ -136,7 +140,10 @@ def _constraints(suspect: _Suspect) -> str:
 
 
 def _signature(suspect: _Suspect) -> str:
-    return f"the signature of {suspect} is not by the authority {suspect.issuer} that is trusted here"
+    return (
+        f"the signature of {suspect} is not by the authority {suspect.issuer} as it is trusted here; if that "
+        f"has a new key, {TRUST_IT}"
+    )
 
 
 def _unknown(error: int) -> Callable[[_Suspect], str]:

@@ -29,7 +29,7 @@ from erofs_twisted.registry.errors import InvalidTLSFile
 from erofs_twisted.registry.pemfiles import read_authorities, read_client
 from erofs_twisted.registry.tls import TLSPolicy
 from erofs_twisted.registry.tlssettings import Server, TLSSettings
-from erofs_twisted.registry.verdict import CertificateRefused
+from erofs_twisted.registry.verdict import TRUST_IT, CertificateRefused
 from tests.certificates import DAY, HOUR, Authority, issue, make_authority, pem
 
 HOST = "registry.corp.example"
@@ -238,6 +238,24 @@ class ChainTests(TLSTestCase):
             self.assertIsNone(self.meet(policy, self.issue(authority())).refusal)
             self.assertIsNone(self.meet(policy, self.issue(authority("another"))).refusal)
 
+    def test_a_system_without_authorities_is_named_as_the_cause(self) -> None:
+        with mock.patch.dict(os.environ, SSL_CERT_FILE="/nowhere/ca.pem"):
+            said = self.refusal(self.meet(TLSPolicy(), self.issue(authority())))
+            self.assertIn(
+                "SSL_CERT_FILE in the environment names '/nowhere/ca.pem', which cannot be read", said
+            )
+        with (
+            mock.patch("erofs_twisted.registry.tls._SYSTEM_BUNDLES", ("/nowhere/bundle.pem",)),
+            mock.patch.dict(os.environ),
+        ):
+            os.environ.pop("SSL_CERT_FILE", None)
+            os.environ.pop("SSL_CERT_DIR", None)
+            said = self.refusal(self.meet(TLSPolicy(), self.issue(authority())))
+            self.assertIn("ca-certificates, is missing", said)
+        with mock.patch.dict(os.environ, SSL_CERT_FILE=self.file(authority("another"))):
+            said = self.refusal(self.meet(TLSPolicy(), self.issue(authority())))
+            self.assertTrue(said.endswith(TRUST_IT), said)
+
     def test_an_authority_in_between_is_sent_by_the_server_or_missed(self) -> None:
         between = make_authority("in between", authority())
         policy = self.policy(authority())
@@ -299,13 +317,21 @@ class ChainTests(TLSTestCase):
         said = self.refusal(self.meet(self.policy(), self.issue(long)))
         self.assertTrue(said.isprintable(), said)
 
-    def test_no_version_before_1_2_is_spoken(self) -> None:
-        chain, key = self.issue(authority())
-        connection = self.policy(authority()).connection_to((HOST, 443))
-        self.assertIsNotNone(Handshake(connection, chain, key, version=SSL.TLS1_1_VERSION).refusal)
-        connection = self.policy(authority()).connection_to((HOST, 443))
-        self.assertIsNone(Handshake(connection, chain, key, version=SSL.TLS1_2_VERSION).refusal)
-        self.assertEqual("TLSv1.2", connection.get_protocol_version_name())
+    def test_no_version_before_1_2_is_spoken_however_lax_the_system_is(self) -> None:
+        lax = b"ALL:@SECLEVEL=0"
+
+        class LaxContext(SSL.Context):
+            def __init__(self, method: int) -> None:
+                super().__init__(method)
+                self.set_cipher_list(lax)
+                self.set_min_proto_version(SSL.TLS1_VERSION)
+
+        self.patch(SSL, "Context", LaxContext)
+        certificate = self.issue(authority())
+        for version, is_spoken in ((SSL.TLS1_1_VERSION, False), (SSL.TLS1_2_VERSION, True)):
+            connection = self.policy(authority()).connection_to((HOST, 443))
+            refusal = Handshake(connection, *certificate, version=version).refusal
+            self.assertEqual(is_spoken, refusal is None, refusal)
 
 
 class UnverifiedTests(TLSTestCase):
@@ -318,6 +344,13 @@ class UnverifiedTests(TLSTestCase):
         self.assertIsNone(self.meet(policy, HOST, 5000).refusal)
         for host, port in ((HOST, 443), (f"a.{HOST}", 5000), ("corp.example", 5000)):
             self.refusal(self.meet(policy, host, port))
+
+    def test_an_address_is_the_same_however_it_is_spelt(self) -> None:
+        policy = self.policy(unverified=frozenset({("2001:db8::7", 443)}))
+        chain, key = issue(None, ["other.example"], self.directory())
+        for spelling in (b"2001:db8::7", b"2001:DB8:0:0::7", b"[2001:db8::7]"):
+            connection = policy.creatorForNetloc(spelling, 443).clientConnectionForTLS(None)
+            self.assertIsNone(Handshake(connection, chain, key).refusal)
 
     def test_each_of_them_is_warned_of_at_the_start(self) -> None:
         events: list[LogEvent] = []
