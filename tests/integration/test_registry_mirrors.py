@@ -19,6 +19,7 @@ from twisted.trial.unittest import SynchronousTestCase, TestCase
 from erofs_twisted.registry.hostsdir import find_hosts
 from erofs_twisted.registry.platform import Platform
 from erofs_twisted.registry.reference import parse_reference
+from erofs_twisted.registry.settings import RegistrySettings
 from erofs_twisted.registry.store import open_store
 from tests.daemon import BIN, run
 from tests.images import EROFS, Layout, push
@@ -61,7 +62,7 @@ class MirrorTests(TestCase):
         reference: Any = parse_reference(f"{self.registry.authority}/team/app:1")
         hosts = find_hosts([str(self.directory)], reference.registry)
         no_pool: Any = None
-        store: Any = open_store(reactor, reference, pool=no_pool, hosts=hosts)
+        store: Any = open_store(reactor, reference, RegistrySettings(hosts=hosts), pool=no_pool)
         self.addCleanup(store.close)
         image = await store.resolve(AMD64)
         return store.blob(image.layers[0])
