@@ -36,6 +36,8 @@ REGISTRY_OPTION_NAMES = (
     "auth-file",
     "hosts-dir",
     "plain-http",
+    "tls-ca",
+    "insecure-skip-verify",
     "oci",
     "io-timeout",
     "stall-timeout",
@@ -68,11 +70,12 @@ def _image_config(image: str, options: dict[str, Any]) -> ImageConfig:
     values = {name.replace("_", "-"): value for name, value in options.items()}
     conceal_arguments(passwords_on_command_line(values))
     try:
-        return read_image_config(image, values)
+        config = read_image_config(image, values)
     except OptionError as error:
         if error.option == "image":  # here it is an argument
             raise MountError(error.message) from error
         raise
+    return config
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

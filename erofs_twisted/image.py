@@ -187,16 +187,10 @@ def store_of(reactor: Any, pool: ThreadPool, config: ImageConfig) -> IImageStore
     return open_store(
         reactor,
         config.reference,
-        credentials=config.credentials,
-        logins=config.logins,
-        hosts=config.hosts,
-        plain_http=config.plain_http,
-        io_timeout=config.io_timeout,
-        stall_timeout=config.stall_timeout,
-        tell=teller(config),
-        cache_dir=str(config.cache_dir),
-        proxies=config.proxies,
+        config.registry,
         pool=pool,
+        cache_dir=str(config.cache_dir),
+        tell=teller(config),
     )
 
 

@@ -6,11 +6,12 @@ user typed, as strings, into values. Every mistake is an `OptionError` that name
 
 from __future__ import annotations
 
+import itertools
 import os
 import platform as host
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -27,11 +28,13 @@ from erofs_twisted.registry.dockerconfig import (
     standard_files,
 )
 from erofs_twisted.registry.errors import InvalidProxy
-from erofs_twisted.registry.hosts import InvalidHosts
-from erofs_twisted.registry.hostsdir import STANDARD, FoundHosts, find_hosts
+from erofs_twisted.registry.hosts import FoundHosts, InvalidHosts
+from erofs_twisted.registry.hostsdir import STANDARD, find_hosts
 from erofs_twisted.registry.platform import Platform
 from erofs_twisted.registry.proxies import Proxies
 from erofs_twisted.registry.reference import ImageReference, LayoutReference, parse_reference
+from erofs_twisted.registry.settings import RegistrySettings
+from erofs_twisted.registry.tlssettings import TLSSettings, parse_unverified
 
 Values = Mapping[str, str | bool | None]
 """What the user typed, by option name: a flag is a bool, an option that was not given is None."""
@@ -85,6 +88,12 @@ IMAGE_OPTIONS = (
         "hosts.toml trees that name mirrors [/etc/containerd/certs.d:/etc/docker/certs.d]",
     ),
     Option("plain-http", None, "speak HTTP without TLS to the registry (loopback hosts: always)"),
+    Option("tls-ca", "PATH", "authorities to trust beside the system's, a file of PEM certificates"),
+    Option(
+        "insecure-skip-verify",
+        "HOST[:PORT],…",
+        "servers whose certificates are not verified, at port 443 or PORT",
+    ),
     Option("oci", "KEY=VALUE,…", "platform=, layer=, username= and password= in one, as mkfs.erofs has it"),
     Option("cache-dir", "DIR", "where fetched blocks are kept [/var/cache/erofs-twisted]"),
     Option("cache-size", "SIZE", "how much of the disk all that may take; K, M, G, T [no limit]"),
@@ -130,11 +139,8 @@ OCI_KEYS = ("platform", "layer", "username", "password")
 
 @attrs.frozen(kw_only=True)
 class ImageConfig:
-    """Which image, and how to get at it. ``layer`` None means all layers; the timeouts are in seconds.
+    """Which image, and how to get at it. ``layer`` None means all layers.
 
-    ``credentials`` were given themselves; without them, ``logins`` says where they are.
-    ``hosts`` are the servers of the image's registry; of a layout there are none.
-    ``proxies`` are the environment's.
     ``trace`` is 'auto', 'record' or 'off'; ``fill`` 'auto', 'off' or 'full'; ``cache_size`` in bytes and
     ``fill_rate`` in bytes a second, None for no limit.
     """
@@ -142,19 +148,13 @@ class ImageConfig:
     reference: ImageReference | LayoutReference
     platform: Platform
     layer: int | None
-    credentials: Credentials | None
-    logins: LoginFiles
-    hosts: FoundHosts
-    proxies: Proxies
-    plain_http: bool
+    registry: RegistrySettings
     cache_dir: Path
     cache_size: int | None
     trace: str
     fill: str
     fill_rate: int | None
     verbose: bool
-    io_timeout: float
-    stall_timeout: float
 
 
 @attrs.frozen(kw_only=True)
@@ -185,17 +185,27 @@ def read_image_config(image: str, values: Values) -> ImageConfig:
         reference=reference,
         platform=_given(values, "platform", Platform.parse, lambda: Platform.of_host(host.machine())),
         layer=_given(values, "layer", _whole_number, lambda: None),
-        credentials=_credentials(values),
-        logins=_logins(values),
-        hosts=_hosts(values, reference),
-        proxies=_proxies(reference),
-        plain_http=bool(values.get("plain-http")),
+        registry=_registry_settings(values, reference),
         cache_dir=_given(values, "cache-dir", _directory, default_cache_dir),
         cache_size=_given(values, "cache-size", _size, lambda: None),
         trace=_chosen(values, "trace", "auto"),
         fill=_chosen(values, "fill", "auto"),
         fill_rate=_given(values, "fill-rate", _size, lambda: None),
         verbose=bool(values.get("verbose")),
+    )
+
+
+def _registry_settings(values: Values, reference: ImageReference | LayoutReference) -> RegistrySettings:
+    return RegistrySettings(
+        credentials=_credentials(values),
+        logins=_logins(values),
+        hosts=_hosts(values, reference),
+        plain_http=bool(values.get("plain-http")),
+        tls=TLSSettings(
+            authorities=_given(values, "tls-ca", _authorities_file, tuple),
+            unverified=_given(values, "insecure-skip-verify", parse_unverified, frozenset),
+        ),
+        proxies=_proxies(reference),
         io_timeout=_given(values, "io-timeout", _seconds, lambda: 120.0),
         stall_timeout=_given(values, "stall-timeout", _seconds, lambda: 15.0),
     )
@@ -207,10 +217,16 @@ def read_mount_config(values: Values) -> MountConfig:
         if not values.get(required):
             raise OptionError(required, f"is missing; for example: --{required} {example}")
     settings = NBDSettings()
+    image = read_image_config(str(values["image"]), values)
+    mountpoint = os.path.realpath(str(values["mountpoint"]))
+    for option, path in _watched_files(image.registry):
+        # It is looked at again while the mount lives, by the thread that the mount needs to answer.
+        if Path(os.path.realpath(path)).is_relative_to(mountpoint):
+            raise OptionError(option, f"{path} is below the mount point, and the mount would hide it")
     return MountConfig(
         typed=_repeatable(values),
-        image=read_image_config(str(values["image"]), values),
-        mountpoint=os.path.realpath(str(values["mountpoint"])),
+        image=image,
+        mountpoint=mountpoint,
         mkdir=bool(values.get("mkdir")),
         options=_given(values, "options", MountOptions.parse, MountOptions),
         attach=_chosen(values, "attach", "auto"),
@@ -252,6 +268,14 @@ def _repeatable(values: Values) -> dict[str, str | bool]:
         else:
             kept[name] = text
     return kept
+
+
+def _watched_files(settings: RegistrySettings) -> Iterator[tuple[str, str]]:
+    """The files of certificates, each with the option that leads to it."""
+    yield from (("tls-ca", path) for path in settings.tls.authorities)
+    for server in settings.hosts.hosts if settings.hosts else ():
+        for path in (*server.authorities, *itertools.chain.from_iterable(server.clients)):
+            yield "hosts-dir", path
 
 
 def read_state_dir(values: Values) -> Path:
@@ -359,16 +383,29 @@ def _proxies(reference: ImageReference | LayoutReference) -> Proxies:
 
 def _login_file(path: str) -> LoginFiles:
     """One that the user has named must be there, and be right, before anything is begun."""
+    _check_file(path, MAX_CONFIG, parse_docker_config)
+    return LoginFiles((os.path.abspath(path),), is_named=True)
+
+
+def _check_file(path: str, limit: int, parse: Callable[[bytes], object]) -> None:
     if os.path.exists(path) and not os.path.isfile(path):
         raise ValueError(f"{path}: not a file, which could be read again when it changes")
     try:
         with open(path, "rb") as file:
-            parse_docker_config(file.read(MAX_CONFIG))
+            parse(file.read(limit))
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from error
     except ErofsTwistedError as error:
         raise ValueError(f"{path}: {error}") from error
-    return LoginFiles((os.path.abspath(path),), is_named=True)
+
+
+def _authorities_file(path: str) -> tuple[str, ...]:
+    """As with logins: what the user has named must be there, and be right, before anything is begun."""
+    # What certificates need takes a noticeable part of the start-up: only where there are some.
+    from erofs_twisted.registry.pem import MAX_PEM, parse_certificates
+
+    _check_file(path, MAX_PEM + 1, parse_certificates)
+    return (os.path.abspath(path),)
 
 
 def _password_in(path: str) -> str:

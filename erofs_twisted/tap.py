@@ -37,6 +37,7 @@ class Options(usage.Options):
             "state-dir": usage.CompleteDirs(),
             "password-file": usage.CompleteFiles(),
             "auth-file": usage.CompleteFiles(),
+            "tls-ca": usage.CompleteFiles(),
             **{o.name: usage.CompleteList(o.choices) for o in OPTIONS.values() if o.choices},
         }
     )

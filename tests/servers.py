@@ -116,13 +116,15 @@ class DockerRegistry(Process):
 
     ``auth`` is a section of its configuration, such as `TokenServer.registry_auth`; ``users`` makes it
     ask for basic authentication; ``certificate`` is a file for the chain and one for the key, and makes it
-    speak TLS. With ``upstream``, the URL of another registry, it is a pull-through cache of that.
+    speak TLS; ``clients`` is a file of the authorities whose certificates its clients must show then. With
+    ``upstream``, the URL of another registry, it is a pull-through cache of that.
     """
 
     auth: Mapping[str, Any] | None = None
     users: Mapping[str, str] | None = None
     certificate: tuple[Path, Path] | None = None
     upstream: str | None = None
+    clients: Path | None = None
 
     @property
     def url(self) -> str:
@@ -133,6 +135,8 @@ class DockerRegistry(Process):
         if self.certificate:
             chain, key = self.certificate
             http["tls"] = {"certificate": str(chain), "key": str(key)}
+            if self.clients:
+                http["tls"]["clientcas"] = [str(self.clients)]
         configuration: dict[str, Any] = {
             "version": "0.1",
             "log": {"level": "info", "accesslog": {"disabled": False}},

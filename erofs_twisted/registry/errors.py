@@ -30,6 +30,10 @@ class InvalidPlatform(RegistryError):
     """A platform is not of the form OS/ARCH[/VARIANT]."""
 
 
+class InvalidTLSFile(RegistryError):
+    """A file of certificates or keys cannot be used; the message names it."""
+
+
 class InvalidHeader(RegistryError):
     """A header of a response does not follow its grammar."""
 

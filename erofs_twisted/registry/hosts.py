@@ -90,6 +90,18 @@ class HostSettings:
         return self.authority == (DOCKER_HUB_API if registry == DOCKER_HUB else registry)
 
 
+@attrs.frozen
+class FoundHosts:
+    """The servers of a registry in the order in which they are asked, and where that stands.
+
+    ``source`` is '' where nothing is said of it. ``warnings`` are for the user.
+    """
+
+    hosts: tuple[HostSettings, ...]
+    source: str = ""
+    warnings: tuple[str, ...] = ()
+
+
 def default_host(registry: str) -> HostSettings:
     """The one server of a registry of which nothing is said."""
     return HostSettings(authority=DOCKER_HUB_API if registry == DOCKER_HUB else registry)

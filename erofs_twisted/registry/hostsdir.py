@@ -5,10 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-import attrs
-
 from erofs_twisted.registry.hosts import (
-    HostSettings,
+    FoundHosts,
     InvalidHosts,
     certificates_in,
     default_host,
@@ -20,18 +18,6 @@ STANDARD = ("/etc/containerd/certs.d", "/etc/docker/certs.d")
 """Where containerd and Docker look, in this order."""
 FILE = "hosts.toml"
 MAX_FILE = 1 << 20
-
-
-@attrs.frozen
-class FoundHosts:
-    """The servers of a registry in the order in which they are asked, and where that stands.
-
-    ``source`` is '' where nothing is said of it. ``warnings`` are for the user.
-    """
-
-    hosts: tuple[HostSettings, ...]
-    source: str = ""
-    warnings: tuple[str, ...] = ()
 
 
 def find_hosts(roots: Sequence[str], registry: str) -> FoundHosts:

@@ -19,8 +19,6 @@ from twisted.web._newclient import HTTP11ClientProtocol
 from twisted.web.client import (
     URI,
     Agent,
-    BrowserLikePolicyForHTTPS,
-    HostnameCachingHTTPSPolicy,
     HTTPConnectionPool,
     ProxyAgent,
     _HTTP11ClientFactory,
@@ -212,13 +210,13 @@ class Transport:
     def over_sockets(
         cls,
         reactor: Any,
-        trust_root: Any = None,
+        policy: IPolicyForHTTPS,
         *,
         proxies: Proxies | None = None,
         connect_timeout: float = CONNECT_TIMEOUT,
         tell: Tell = silent,
     ) -> Transport:
-        """``trust_root`` (the platform's, and with it what SSL_CERT_FILE names) vouches for https servers.
+        """``policy`` says which https servers are trusted, proxies among them.
 
         Without ``proxies``, all are reached directly. Each connection has ``connect_timeout`` seconds.
         """
@@ -226,7 +224,6 @@ class Transport:
         pool._factory = _ClientFactory
         pool.maxPersistentPerHost = IDLE_CONNECTIONS
         pool.cachedConnectionTimeout = IDLE_SECONDS
-        policy = HostnameCachingHTTPSPolicy(BrowserLikePolicyForHTTPS(trust_root))
         proxies = Proxies() if proxies is None else proxies
         endpoints = _Endpoints(reactor, policy, proxies, connect_timeout)
         agent: IAgent = Agent.usingEndpointFactory(reactor, endpoints, pool)

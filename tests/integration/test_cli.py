@@ -16,7 +16,7 @@ from pathlib import Path
 from twisted.trial.unittest import SynchronousTestCase
 
 from erofs_twisted.options import IMAGE_OPTIONS, OPTIONS
-from tests.daemon import BIN, registry, run, until
+from tests.daemon import BIN, registry, run, until, until_serving
 from tests.images import EROFS
 from tests.scenery import GZIPPED_TAR, scenery
 from tests.servers import tool
@@ -24,12 +24,14 @@ from tests.servers import tool
 LOOKING = {
     "auth-file",
     "hosts-dir",
+    "insecure-skip-verify",
     "io-timeout",
     "oci",
     "password-file",
     "plain-http",
     "platform",
     "stall-timeout",
+    "tls-ca",
     "username",
     "verbose",
 }
@@ -111,7 +113,7 @@ class ServeTests(CommandTestCase):
         self.addCleanup(server.kill)
         assert server.stderr is not None
         self.addCleanup(server.stderr.close)
-        self.assertIn("serving", server.stderr.readline())
+        until_serving(server)
         return server, path
 
     def assert_copies(self, tag: str, path: Path) -> None:
@@ -220,6 +222,8 @@ WRONG = {
     "password-file": ["/nowhere/password", ""],
     "auth-file": ["/nowhere/auth.json", "/", ""],
     "hosts-dir": ["/nowhere", "/etc:/nowhere", ""],
+    "tls-ca": ["/nowhere/ca.pem", "/", ""],
+    "insecure-skip-verify": ["https://host.example", "*", ""],
     "oci": ["colour=red", "layer=", "layer=0,layer=1", "layer"],
     "io-timeout": ["0", "soon", "-1", "nan", "inf"],
     "stall-timeout": ["0", "soon"],

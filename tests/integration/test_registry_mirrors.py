@@ -16,10 +16,13 @@ from twisted.internet.task import deferLater
 from twisted.internet.threads import deferToThread
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
+from erofs_twisted.registry.errors import TransferFailed
 from erofs_twisted.registry.hostsdir import find_hosts
 from erofs_twisted.registry.platform import Platform
 from erofs_twisted.registry.reference import parse_reference
+from erofs_twisted.registry.settings import RegistrySettings
 from erofs_twisted.registry.store import open_store
+from tests.certificates import issue, make_authority, pem
 from tests.daemon import BIN, run
 from tests.images import EROFS, Layout, push
 from tests.servers import DockerRegistry, Nginx, TokenServer
@@ -61,7 +64,7 @@ class MirrorTests(TestCase):
         reference: Any = parse_reference(f"{self.registry.authority}/team/app:1")
         hosts = find_hosts([str(self.directory)], reference.registry)
         no_pool: Any = None
-        store: Any = open_store(reactor, reference, pool=no_pool, hosts=hosts)
+        store: Any = open_store(reactor, reference, RegistrySettings(hosts=hosts), pool=no_pool)
         self.addCleanup(store.close)
         image = await store.resolve(AMD64)
         return store.blob(image.layers[0])
@@ -154,6 +157,81 @@ class MirrorTests(TestCase):
         for number in range(20):
             await self.check(reader, number)
         self.assertLess(reads(self.registry) - before, 5)
+
+
+class CertificateTests(TestCase):
+    """What hosts.toml, or Docker's files, say of the certificates of each server."""
+
+    timeout = 60
+
+    def setUp(self) -> None:
+        self.directory = Path(tempfile.mkdtemp(prefix="certs-"))
+        self.addCleanup(shutil.rmtree, self.directory)
+        self.layout = Layout(self.directory / "layout")
+        self.image = self.layout.manifest([self.layout.blob(CONTENT, EROFS)])
+        self.authority = make_authority("servers")
+        self.registry = self.serve()
+        self.hosts = self.directory / "certs.d" / self.registry.authority
+        self.hosts.mkdir(parents=True)
+
+    def serve(self, **how: Any) -> DockerRegistry:
+        """One that speaks TLS, as an authority that nobody trusts has certified."""
+        plain = self.enterContext(DockerRegistry())
+        push(self.layout, self.image, plain.url, "team/app:1")
+        directory = Path(tempfile.mkdtemp(dir=self.directory))
+        certificate = issue(self.authority, ["127.0.0.1"], directory)
+        server = self.enterContext(DockerRegistry(certificate=certificate, **how))
+        plain.stop()
+        (server.directory / "storage").symlink_to(plain.directory / "storage")
+        return server
+
+    async def check(self) -> None:
+        reference: Any = parse_reference(f"{self.registry.authority}/team/app:1")
+        hosts = find_hosts([str(self.hosts.parent)], reference.registry)
+        no_pool: Any = None
+        store: Any = open_store(reactor, reference, RegistrySettings(hosts=hosts), pool=no_pool)
+        try:
+            image = await store.resolve(AMD64)
+            got: list[bytes] = []
+            await store.blob(image.layers[0]).read(1000, PIECE, got.append)
+        finally:
+            await store.close()
+        self.assertEqual(CONTENT[1000 : 1000 + PIECE], b"".join(got))
+
+    async def test_an_authority_in_dockers_place_is_trusted(self) -> None:
+        error = await self.assertFailure(Deferred.fromCoroutine(self.check()), TransferFailed)
+        self.assertIn("servers", str(error))
+        (self.hosts / "ca.crt").write_bytes(pem(self.authority[1]))
+        await self.check()
+
+    async def test_an_authority_of_one_server_does_not_vouch_for_another(self) -> None:
+        mirror = self.serve()
+        (self.hosts / "ca.pem").write_bytes(pem(self.authority[1]))
+        (self.hosts / "hosts.toml").write_text(f'[host."{mirror.url}"]\nca = "ca.pem"')
+        await self.check()
+        mirror.stop()
+        await self.assertFailure(Deferred.fromCoroutine(self.check()), TransferFailed)
+
+    async def test_a_client_certificate_is_shown_to_the_server_that_it_is_for(self) -> None:
+        clients = make_authority("clients")
+        accepted = self.directory / "clients.pem"
+        accepted.write_bytes(pem(clients[1]))
+        mirror = self.serve(clients=accepted)
+        (self.hosts / "ca.pem").write_bytes(pem(self.authority[1]))
+        chain, key = issue(clients, ["us"], self.hosts)
+        text = f'[host."{mirror.url}"]\nca = "ca.pem"\n'
+        (self.hosts / "hosts.toml").write_text(text)
+        await self.assertFailure(Deferred.fromCoroutine(self.check()), TransferFailed)
+        (self.hosts / "hosts.toml").write_text(f'{text}client = [["{chain.name}", "{key.name}"]]')
+        await self.check()
+        self.assertIn("/blobs/", mirror.log)
+
+    async def test_a_server_that_is_not_to_be_verified_is_not_and_others_are(self) -> None:
+        mirror = self.serve()
+        (self.hosts / "hosts.toml").write_text(f'[host."{mirror.url}"]\nskip_verify = true')
+        await self.check()
+        mirror.stop()
+        await self.assertFailure(Deferred.fromCoroutine(self.check()), TransferFailed)
 
 
 class InspectTests(SynchronousTestCase):

@@ -10,7 +10,6 @@ from typing import Any
 
 from twisted.internet import reactor as global_reactor
 from twisted.internet.defer import Deferred, gatherResults
-from twisted.internet.ssl import Certificate, trustRootFromCertificates
 from twisted.internet.task import deferLater
 from twisted.internet.threads import deferToThread
 from twisted.logger import eventAsText, globalLogPublisher
@@ -22,7 +21,10 @@ from erofs_twisted.registry.errors import AccessDenied, TransferFailed, Unreacha
 from erofs_twisted.registry.platform import Platform
 from erofs_twisted.registry.proxies import Proxies, Proxy
 from erofs_twisted.registry.reference import parse_reference
+from erofs_twisted.registry.settings import RegistrySettings
 from erofs_twisted.registry.store import open_store
+from erofs_twisted.registry.tls import TLSPolicy
+from erofs_twisted.registry.tlssettings import TLSSettings
 from erofs_twisted.registry.transport import Transport
 from tests.certificates import issue, make_authority, pem
 from tests.connectproxy import ConnectProxy
@@ -51,7 +53,7 @@ class ProxyTestCase(TestCase):
 
     def setUp(self) -> None:
         self.authority = make_authority("test authority")
-        self.trust_root = trustRootFromCertificates([Certificate.loadPEM(pem(self.authority[1]))])
+        self.tls = TLSSettings(authorities=(str(self.authority_file()),))
         self.logged: list[str] = []
         observer = self.observe
         globalLogPublisher.addObserver(observer)
@@ -64,6 +66,11 @@ class ProxyTestCase(TestCase):
         directory = Path(self.mktemp()).absolute()
         directory.mkdir()
         return directory
+
+    def authority_file(self) -> Path:
+        path = self.directory() / "ca.pem"
+        path.write_bytes(pem(self.authority[1]))
+        return path
 
     def certificate(self, *hosts: str) -> tuple[Path, Path]:
         return issue(self.authority, list(hosts), self.directory())
@@ -89,7 +96,7 @@ class ProxyTestCase(TestCase):
         return proxy
 
     def transport(self, proxies: Proxies | None = None) -> Transport:
-        transport = Transport.over_sockets(reactor, self.trust_root, proxies=proxies)
+        transport = Transport.over_sockets(reactor, TLSPolicy(self.tls), proxies=proxies)
         self.addCleanup(lambda: Deferred.fromCoroutine(transport.close()))
         return transport
 
@@ -101,7 +108,8 @@ class ProxyTestCase(TestCase):
     async def check(self, name: str, **how: Any) -> None:
         """Is the image read?"""
         no_pool: Any = None
-        store = open_store(reactor, parse_reference(name), pool=no_pool, trust_root=self.trust_root, **how)
+        settings = RegistrySettings(tls=self.tls, **how)
+        store = open_store(reactor, parse_reference(name), settings, pool=no_pool)
         try:
             image = await store.resolve(AMD64)
             got: list[bytes] = []

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from OpenSSL import SSL
-from service_identity import VerificationError
 from treq.testing import RequestTraversalAgent
 from twisted.internet.address import IPv4Address
 from twisted.internet.defer import CancelledError, Deferred
@@ -35,6 +34,7 @@ from erofs_twisted.registry.transport import (
     _Client,
     _Endpoints,
 )
+from erofs_twisted.registry.verdict import CertificateRefused
 from tests.unit.fakehttp import FakeResponse, fake_transport
 
 URL = "https://a.example/x?signature=secret"
@@ -249,19 +249,35 @@ class TransportTests(SynchronousTestCase):
     def test_no_query_gets_into_a_message(self) -> None:
         self.assertNotIn("secret", str(self.failure(ConnectionRefusedError())))
 
-    def test_an_untrusted_certificate_is_permanent_and_names_the_cure(self) -> None:
-        untrusted = SSL.Error([("SSL routines", "", "certificate verify failed")])
-        error = self.failure(ResponseNeverReceived([Failure(untrusted)]))
+    def test_a_certificate_that_is_refused_is_permanent_and_says_why(self) -> None:
+        error = self.failure(ResponseNeverReceived([Failure(CertificateRefused("it has expired"))]))
         self.assertFalse(error.temporary)
-        self.assertIn("SSL_CERT_FILE", str(error))
+        self.assertEqual("https://a.example/x?…: TLS failed: it has expired", str(error))
 
-    def test_a_server_without_tls_names_the_cure(self) -> None:
-        plain = SSL.Error([("SSL routines", "", "wrong version number")])
-        self.assertIn("--plain-http", str(self.failure(ResponseNeverReceived([Failure(plain)]))))
+    def tls_failure(self, words: str) -> TransferFailed:
+        return self.failure(ResponseNeverReceived([Failure(SSL.Error([("SSL routines", "", words)]))]))
 
-    def test_a_certificate_of_another_host_is_permanent(self) -> None:
-        error = self.failure(ResponseNeverReceived([Failure(VerificationError(errors=[]))]))
-        self.assertFalse(error.temporary)
+    def test_what_a_server_finds_wrong_with_tls_is_permanent_and_names_the_cure(self) -> None:
+        for words, said in (
+            ("wrong version number", "--plain-http"),
+            ("unsupported protocol", "1.2 is the oldest"),
+            ("tlsv1 alert protocol version", "1.2 is the oldest"),
+            ("tlsv13 alert certificate required", "wants a client certificate"),
+            ("ssl/tls alert bad certificate", "NAME.cert with NAME.key"),
+            ("ssl/tls alert handshake failure", "NAME.cert with NAME.key"),
+            ("tlsv1 alert unknown ca", "authority of our client certificate"),
+            ("tlsv1 unrecognized name", "unrecognized name"),
+            ("something new", "TLS failed: something new"),
+        ):
+            with self.subTest(words=words):
+                error = self.tls_failure(words)
+                self.assertFalse(error.temporary)
+                self.assertIn(said, str(error))
+                self.assertIn(words, str(error))
+
+    def test_what_is_damaged_on_the_way_is_temporary(self) -> None:
+        for words in ("decryption failed or bad record mac", "tlsv1 alert internal error"):
+            self.assertTrue(self.tls_failure(words).temporary)
 
     def test_what_is_no_failure_of_the_network_is_not_dressed_up_as_one(self) -> None:
         got = self.get()
@@ -359,6 +375,14 @@ class StatusTests(SynchronousTestCase):
 
     def test_plain_text_is_passed_on(self) -> None:
         self.assertIn("slow down", str(self.error(429, b"slow down\n", Content_Type="text/plain")))
+
+    def test_the_title_of_a_proxys_page_is_told_unless_it_says_nothing_new(self) -> None:
+        page = b"<html>\n<head><TITLE>400 No required SSL\n certificate was sent</TITLE></head>"
+        said = str(self.error(400, page, Content_Type="text/html; charset=utf-8"))
+        self.assertTrue(said.endswith(": 400 Bad Request: 400 No required SSL  certificate was sent"), said)
+        for page in (b"<title>400 Bad Request</title>", b"<p>", b""):
+            said = str(self.error(400, page, Content_Type="text/html"))
+            self.assertTrue(said.endswith("…: 400 Bad Request"), said)
 
     def test_a_pause_asked_for_is_known(self) -> None:
         self.assertEqual(7, self.error(429, Retry_After="7").retry_after)

@@ -38,6 +38,7 @@ from erofs_twisted.registry.errors import AccessDenied, TransferFailed, Unreacha
 from erofs_twisted.registry.keepalive import KeptAlive
 from erofs_twisted.registry.proxies import Proxies, Proxy
 from erofs_twisted.registry.proxyagent import PlainProxyAgent
+from erofs_twisted.registry.tls import TLSPolicy
 from erofs_twisted.registry.transport import Transport
 from erofs_twisted.registry.tunnel import REPLY_TIMEOUT, Tunnel
 from tests.unit.fakehttp import FakeAgent
@@ -376,7 +377,7 @@ class RouteTests(SynchronousTestCase):
     def ask(self, url: str, **proxies: Proxy) -> tuple[int, bytes]:
         """The port that was connected to, and what was sent there first."""
         reactor = MemoryReactorClock()
-        transport = Transport.over_sockets(reactor, proxies=Proxies(**proxies))
+        transport = Transport.over_sockets(reactor, TLSPolicy(), proxies=Proxies(**proxies))
         answer = Deferred.fromCoroutine(transport.get(url, {}, 10))
         ((_, port, factory, _, _),) = reactor.tcpClients
         protocol = factory.buildProtocol(None)
@@ -417,7 +418,7 @@ class RouteTests(SynchronousTestCase):
         for proxies in (Proxies(), Proxies(http=PLAIN)):
             reactor = MemoryReactorClock()
             reactor.installNameResolver(TwoAddresses())
-            transport = Transport.over_sockets(reactor, proxies=proxies)
+            transport = Transport.over_sockets(reactor, TLSPolicy(), proxies=proxies)
             answer = Deferred.fromCoroutine(transport.get("http://a.example/x", {}, 10))
             self.assertEqual(["2001:db8::1"], [client[0] for client in reactor.tcpClients])
             reactor.advance(0.3)
