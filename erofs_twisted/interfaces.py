@@ -142,8 +142,8 @@ class IDeviceConnector(Interface):
         ``identifier`` is what the device is to say of its server, where it can say anything, in place of the
         export's description."""
 
-    def connected() -> Deferred[list[Connected]]:
-        """A Deferred of the devices of this kind that a daemon which was killed may have left."""
+    def connected(identifier: str) -> Deferred[list[Connected]]:
+        """A Deferred of the devices that say this of their server, and that may get a new one."""
 
     def adopt(path: str, export: IExport, server: INBDServer, identifier: str) -> Deferred[IBlockDevice]:
         """Serve a device whose server was killed, as one of `connected` said of it. A Deferred of it, or a

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
 from typing import Any, TypeVar
 
@@ -35,6 +35,9 @@ from erofs_twisted.state.takeover import AFRESH, Plan, Seen, Step, make_plan
 
 BUSY_RETRY = 1.0
 """Seconds between two looks at whether a mount or a device is still in use."""
+
+NOTHING: Mapping[str, Any] = {"backend": "", "identifier": "", "device": "", "size": 0, "mount_id": 0}
+"""What is on record of a device and a mount where there are none."""
 
 Result = TypeVar("Result")
 
@@ -185,7 +188,7 @@ class MountService(Service):
         record, config = state.before, self._config
         if record is None:
             return AFRESH
-        devices = await nbd.connected() if record.backend == "nbd" else []
+        devices = await nbd.connected(record.identifier) if record.backend == "nbd" else []
         there = await mountpoint.there()
         source, mount_id = ("", 0) if there is None else (there.source, there.mount_id)
         plan = make_plan(record, Seen(boot=boot_id(), devices=devices, source=source, mount_id=mount_id))
@@ -209,7 +212,8 @@ class MountService(Service):
             elif step is Step.DISCONNECT:
                 await nbd.disconnect(plan.device)
         if not plan.adopts:
-            state.update(boot=boot_id(), backend="", identifier="", device="", size=0, mount_id=0)
+            config = self._config
+            state.update(image=str(config.image.reference), options=config.typed, boot=boot_id(), **NOTHING)
 
     async def _attach(
         self,
@@ -252,7 +256,7 @@ class MountService(Service):
 
     async def _give_back(self, device: IBlockDevice, state: MountState) -> None:
         await device.detach()
-        state.update(backend="", identifier="", device="", size=0, mount_id=0)
+        state.update(**NOTHING)
 
     async def _mount(self, mountpoint: Mountpoint, device: IBlockDevice, image: OpenImage) -> None:
         # mount(2) cannot be cancelled, but it reads the device.

@@ -12,6 +12,8 @@ from erofs_twisted.state.journal import Journal, daemon_runs
 from erofs_twisted.state.records import Status
 
 POLL = 0.02
+GRACE = 3.0
+"""Seconds for another daemon to begin, in the place of one that was killed."""
 
 
 def wait_until_ready(
@@ -22,20 +24,21 @@ def wait_until_ready(
     Raises `MountError` where it cannot, with the daemon's own words. As long as there is no record of one,
     ``check`` is called, which may raise something else.
     """
-    deadline = time.monotonic() + timeout
+    began = time.monotonic()
+    deadline = began + timeout
     while True:
         record = journal.read(path)
         if record is not None:
             alive = daemon_runs(record)
             if alive and record.status is Status.READY and _is_mounted(path):
                 return
-            if not alive:
+            if not alive and (record.reason or time.monotonic() > began + min(GRACE, timeout)):
                 if not record.device:
                     journal.forget(path)
                 raise MountError(
                     record.reason
-                    or f"the daemon of {path} (process {record.pid}) was killed; "
-                    f"'erofs-nbd umount {path}' clears away what it left"
+                    or f"the daemon of {path} (process {record.pid}) was killed; start it again to take its "
+                    f"mount over, or clear that away with 'erofs-nbd umount {path}'"
                 )
         else:
             check()

@@ -243,7 +243,8 @@ class Daemon:
             record = self.record()
             if self.status() is not None:
                 raise AssertionError(f"it ended with status {self.status()}:\n{self.log}")
-            return record if record and record.status is Status.READY else None
+            is_ready = record and record.status is Status.READY and record.pid == self.pid
+            return record if is_ready else None
 
         return until(f"mount of {self.image}", look)
 

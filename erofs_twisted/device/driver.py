@@ -91,18 +91,17 @@ class NBDDriver:
             raise MountError(f"the nbd driver does not take {path} back: {error.strerror}") from error
         return attached
 
-    def connected(self) -> list[Connected]:
-        """All devices that have a connection, whoever made it."""
+    def connected(self, identifier: str) -> list[Connected]:
+        """The devices that say this of their server, and that the driver takes new sockets for."""
         found = []
         for device in sorted(Path("/sys/block").glob("nbd*")):
-            if _connection(device):
-                path = f"/dev/{device.name}"
-                attached = self.find(path)
+            if _connection(device) and _backend(device) == identifier and _is_bound(device, identifier):
+                attached = self.find(f"/dev/{device.name}")
                 found.append(
                     Connected(
-                        path=path,
+                        path=attached.path,
                         size=_size(device),
-                        identifier=_backend(device),
+                        identifier=identifier,
                         is_held=self.is_held(attached),
                     )
                 )
@@ -185,6 +184,17 @@ def _connection(device: Path) -> int:
         return (device / "pid").stat().st_ino
     except OSError:
         return 0
+
+
+def _is_bound(device: Path, identifier: str) -> bool:
+    """Has nobody told it to disconnect? While it is mounted it looks connected all the same. To reconfigure
+    it without new sockets changes nothing, and is refused then."""
+    index = int(device.name.removeprefix("nbd"))
+    try:
+        _request(Command.RECONFIGURE, encode_reconfigure(index, (), identifier))
+    except OSError:
+        return False
+    return True
 
 
 def _backend(device: Path) -> str:

@@ -53,7 +53,7 @@ class FuseConnector:
     def check(self) -> Deferred[None]:
         return Deferred.fromCoroutine(in_thread(self._reactor, self._pool, _check))
 
-    def connected(self) -> Deferred[list[Connected]]:
+    def connected(self, identifier: str) -> Deferred[list[Connected]]:
         """None: nbdfuse does not outlive its server, and who reads its file gets errors from then on."""
         return succeed([])
 

@@ -51,8 +51,10 @@ class NetlinkConnector:
     ) -> Deferred[IBlockDevice]:
         return Deferred.fromCoroutine(self._attach(export, server, identifier))
 
-    def connected(self) -> Deferred[list[Connected]]:
-        return Deferred.fromCoroutine(in_thread(self._reactor, self._pool, self._driver.connected))
+    def connected(self, identifier: str) -> Deferred[list[Connected]]:
+        return Deferred.fromCoroutine(
+            in_thread(self._reactor, self._pool, self._driver.connected, identifier)
+        )
 
     def adopt(
         self, path: str, export: IExport, server: INBDServer, identifier: str

@@ -74,9 +74,10 @@ class Connection:
 
 
 def encode_reconfigure(index: int, sockets: Sequence[int], backend_identifier: str) -> bytes:
-    """New sockets for those of a device that are dead. The driver refuses another ``backend_identifier`` than
-    CONNECT had."""
-    return encode_index(index) + _backend(backend_identifier) + _sockets(sockets)
+    """New sockets for those of a device that are dead; without any, nothing changes. The driver refuses
+    another ``backend_identifier`` than CONNECT had."""
+    replaced = _sockets(sockets) if sockets else b""
+    return encode_index(index) + _backend(backend_identifier) + replaced
 
 
 def encode_index(index: int) -> bytes:

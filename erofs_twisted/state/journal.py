@@ -82,9 +82,9 @@ class Journal:
     ) -> MountState:
         """Begin a mount: its directory, locked, with a record that says 'starting'.
 
-        Where the daemon before was killed, the record still tells of its device and its mount, for both may
-        be there yet. Raises `MountError` where another daemon serves that mount point or the directory cannot
-        be made.
+        Where the daemon before was killed, the record still tells of its image, device and mount, for these
+        may be there yet. Raises `MountError` where another daemon serves that mount point or the directory
+        cannot be made.
         """
         path = self.directory(mountpoint)
         try:
@@ -110,9 +110,10 @@ class Journal:
             pid_started=started,
             options=dict(options or {}),
         )
-        if before is not None:
-            names = ("boot", "digest", "layer", "backend", "identifier", "device", "size", "mount_id")
-            record = attrs.evolve(record, **{name: getattr(before, name) for name in names})
+        if before is not None and before.backend:
+            # What it tells of may be there yet.
+            names = ("pid", "pid_started", "status", "reason")
+            record = attrs.evolve(before, **{name: getattr(record, name) for name in names})
         state = MountState(path, lock, record, before)
         state.update()
         return state

@@ -131,7 +131,7 @@ class FakeConnector:
         await self.world.step("attach")
         return FakeDevice(self.world, self.world.lost)
 
-    async def connected(self) -> list[Connected]:
+    async def connected(self, identifier: str) -> list[Connected]:
         return self.world.devices
 
     async def adopt(self, path: str, export: object, server: object, identifier: str) -> FakeDevice:

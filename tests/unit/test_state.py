@@ -115,7 +115,7 @@ class JournalTests(SynchronousTestCase):
         self.journal.claim("/mnt", "b").release("/mnt is a mount point already")
         record = self.journal.read("/mnt")
         self.assertEqual(
-            (Status.FAILED, "b", "nbd", "/dev/nbd7"),
+            (Status.FAILED, "a", "nbd", "/dev/nbd7"),
             (record.status, record.image, record.backend, record.device),
         )
 
