@@ -148,6 +148,45 @@ def umount(mountpoint: str, lazy: bool, state_dir: str | None) -> None:
     _run(lambda reactor: unmount(reactor, journal, os.path.realpath(mountpoint), lazy))
 
 
+@commands.command()
+@click.argument("mountpoint", required=False)
+@click.option("--all", "everything", is_flag=True, help="every mount on record that has no daemon")
+@click.option("--dry-run", is_flag=True, help="only say what would be done")
+@click.option("--timeout", metavar="SECONDS", type=click.FloatRange(min=0), default=60.0, show_default=True)
+@takes("username", "password-file", "state-dir")
+def reattach(
+    mountpoint: str | None,
+    everything: bool,
+    dry_run: bool,
+    timeout: float,
+    state_dir: str | None,
+    **credentials: str | None,
+) -> None:
+    """Start a new daemon for MOUNTPOINT, whose own was killed. What reads the mount waits meanwhile.
+
+    With the options of the daemon before, but for --username and --password-file, which are not on record.
+    """
+    from erofs_twisted.reattaching import failures, look_at, orphans_on_record, start
+
+    if everything == (mountpoint is not None):
+        raise MountError("say which: a mount point, or --all")
+    journal = Journal(read_state_dir({"state-dir": state_dir}))
+    records = orphans_on_record(journal, None if mountpoint is None else os.path.realpath(mountpoint))
+    more = {name.replace("_", "-"): value for name, value in credentials.items() if value is not None}
+    errors: list[ErofsTwistedError] = []
+    orphans = _run(lambda reactor: look_at(reactor, records, errors))
+    for orphan in orphans:
+        for line in orphan.told():
+            click.echo(f"{orphan.record.mountpoint}: {line}")
+        if not dry_run:
+            try:
+                start(journal, orphan.record, more, timeout)
+            except ErofsTwistedError as error:
+                errors.append(error)
+    if errors:
+        raise failures(errors)
+
+
 @commands.group()
 def trace() -> None:
     """What an image's first reader read: record it, show it, push it beside the image.

@@ -15,6 +15,9 @@ from typing import Any
 
 import attrs
 
+TWISTD = (sys.executable, "-P", "-c", "from twisted.scripts.twistd import run; run()")
+"""The twistd of the interpreter that runs this, wherever its script may be."""
+
 
 def on_stop_signal(reactor: Any, stop: Callable[[str], None]) -> None:
     """Call ``stop`` with the signal's name, in the reactor's thread, for each SIGTERM, SIGINT and SIGHUP,

@@ -9,7 +9,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -24,13 +23,12 @@ from erofs_twisted.blocks.tracefile import TraceFiles
 from erofs_twisted.errors import MountError
 from erofs_twisted.image import choose_layer
 from erofs_twisted.options import ImageConfig
+from erofs_twisted.process import TWISTD
 from erofs_twisted.registry.manifest import ResolvedImage
 from erofs_twisted.registry.reference import ImageReference
 from erofs_twisted.state.journal import Journal
 from erofs_twisted.waiting import wait_until_ready
 
-TWISTD = (sys.executable, "-P", "-c", "from twisted.scripts.twistd import run; run()")
-"""The twistd of the interpreter that runs this, wherever its script may be."""
 MOUNTPOINT_VARIABLE = "EROFS_NBD_MOUNTPOINT"
 PLACEHOLDER = "{}"
 PATIENCE = 5.0

@@ -21,6 +21,7 @@ from erofs_twisted.device.nbd import NetlinkConnector
 from erofs_twisted.errors import ErofsTwistedError, MountError
 from erofs_twisted.image import OpenImage, open_image
 from erofs_twisted.interfaces import IBlockDevice, IDeviceConnector
+from erofs_twisted.leftovers import plan_for
 from erofs_twisted.mount.mountpoint import Busy, Mountpoint
 from erofs_twisted.mount.watch import MountWatch
 from erofs_twisted.nbd.server import NBDServer
@@ -31,7 +32,7 @@ from erofs_twisted.registry.digest import Digest
 from erofs_twisted.registry.reference import ImageReference
 from erofs_twisted.state.journal import Journal, MountState, boot_id
 from erofs_twisted.state.records import Status, record_name
-from erofs_twisted.state.takeover import AFRESH, Plan, Seen, Step, make_plan
+from erofs_twisted.state.takeover import AFRESH, Plan, Step
 
 BUSY_RETRY = 1.0
 """Seconds between two looks at whether a mount or a device is still in use."""
@@ -188,10 +189,7 @@ class MountService(Service):
         record, config = state.before, self._config
         if record is None:
             return AFRESH
-        devices = await nbd.connected(record.identifier) if record.backend == "nbd" else []
-        there = await mountpoint.there()
-        source, mount_id = ("", 0) if there is None else (there.source, there.mount_id)
-        plan = make_plan(record, Seen(boot=boot_id(), devices=devices, source=source, mount_id=mount_id))
+        plan = await plan_for(record, nbd, mountpoint)
         if plan.adopts and record.image != str(config.image.reference):
             raise MountError(
                 f"--mountpoint {config.mountpoint}: {record.image} is there, and waits for a daemon; give "

@@ -202,6 +202,7 @@ class HelpTests(CommandTestCase):
             "serve": image_options | {"socket"},
             "wait": {"timeout", "state-dir"},
             "umount": {"lazy", "state-dir"},
+            "reattach": {"all", "dry-run", "timeout", "username", "password-file", "state-dir"},
         }
         for command, options in taken.items():
             done = self.erofs_nbd(command, "--help")
@@ -211,7 +212,7 @@ class HelpTests(CommandTestCase):
 
     def test_the_commands_are_listed(self) -> None:
         done = self.erofs_nbd("--help")
-        for command in ("inspect", "serve", "umount", "wait"):
+        for command in ("inspect", "reattach", "serve", "umount", "wait"):
             self.assertIn(f"\n  {command} ", done.stdout)
 
 
@@ -284,5 +285,8 @@ class MistakeTests(CommandTestCase):
         self.assert_refused(self.erofs_nbd("serve", "host.example/app"), "--socket")
         self.assert_refused(self.erofs_nbd("wait", "/mnt", "--timeout=-1"), "--timeout")
         self.assert_refused(self.erofs_nbd("wait"), "MOUNTPOINT")
+        self.assert_refused(self.erofs_nbd("reattach"), "--all")
+        self.assert_refused(self.erofs_nbd("reattach", "--all", "/mnt"), "--all")
+        self.assert_refused(self.erofs_nbd("reattach", "/mnt", f"--state-dir={self.directory}"), "on record")
         self.assert_refused(self.erofs_nbd("umount", "/mnt", "--state-dir="), "--state-dir")
         self.assert_refused(self.erofs_nbd("mount"), "mount")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import time
 
-from tests.daemon import Daemon, DaemonTestCase, mounts, run
+from tests.daemon import BIN, Daemon, DaemonTestCase, mounts, run
 from tests.reading import Reader
 from tests.scenery import BIG, contents, scenery
 from tests.servers import tool
@@ -55,6 +55,28 @@ class TakeOverTests(DaemonTestCase):
         self.assert_same(contents(scenery().tree), contents(daemon.mountpoint))
         daemon.signal(signal.SIGTERM)
         self.assert_ends_well(daemon)
+
+    def test_reattach_starts_daemons_for_all_that_have_none(self) -> None:
+        daemons = [self.mounted(self.registry.image("lost", tag), name=tag) for tag in ("lz4", "plain")]
+        shared = daemons[0].state_dir
+        for daemon in daemons:
+            self.kill(daemon)
+        first, second = daemons
+        told = run(BIN / "erofs-nbd", "reattach", "--all", "--dry-run", "--state-dir", shared)
+        self.assertEqual((0, ""), (told.returncode, told.stderr))
+        self.assertIn(f"{first.mountpoint}: leave {first.mountpoint} mounted", told.stdout)
+        for daemon in daemons:
+            done = run(BIN / "erofs-nbd", "reattach", daemon.mountpoint, "--state-dir", daemon.state_dir)
+            self.assertEqual((0, ""), (done.returncode, done.stderr))
+            record = daemon.record()
+            assert record is not None
+            daemon.pid, daemon._status = record.pid, None
+            self.assert_same(contents(scenery().tree), contents(daemon.mountpoint))
+            again = run(BIN / "erofs-nbd", "reattach", daemon.mountpoint, "--state-dir", daemon.state_dir)
+            self.assertEqual(1, again.returncode)
+            self.assertIn(f"is served, by process {record.pid}", again.stderr)
+            daemon.signal(signal.SIGTERM)
+            self.assert_ends_well(daemon)
 
     def test_the_registry_is_not_needed_for_what_is_in_the_cache(self) -> None:
         daemon = self.mounted(self.registry.image("offline"), "--fill", "full")
