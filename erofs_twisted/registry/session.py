@@ -96,6 +96,10 @@ class Session:
         location = response.headers.getRawHeaders("Location", [""])[0]
         if not location:
             raise TransferFailed(f"{redacted(url)}: a redirect to nowhere")
+        return self.resolve(url, location)
+
+    def resolve(self, url: str, location: str) -> str:
+        """Where ``location``, which the answer from ``url`` names, is. Raises as `location`."""
         target = resolve_location(url, location)
         if url.startswith("https:") and target.startswith("http:") and not self._plain_http:
             raise TransferFailed(

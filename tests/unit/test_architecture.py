@@ -32,6 +32,7 @@ FLOORS: dict[int, list[str]] = {
         "registry.contentrange",
         "registry.selection",
         "registry.retry",
+        "registry.link",
         "registry.urls",
         "registry.signedurl",
         "registry.tokens",
