@@ -38,6 +38,7 @@ from erofs_twisted.registry.urls import Origin, redacted
 
 if TYPE_CHECKING:
     from erofs_twisted.registry.push import Artifact
+    from erofs_twisted.registry.repository import Repository
 
 ATTEMPTS = 4
 """Requests for a manifest before it is given up: at a start, somebody waits."""
@@ -105,6 +106,10 @@ class RegistryStore:
     def push_referrer(self, image: ResolvedImage, artifact: Artifact) -> Deferred[Digest]:
         """As `IImageStore.push_referrer`; fails with a `RegistryError`."""
         return Deferred.fromCoroutine(self._push_referrer(image, artifact))
+
+    def repository(self) -> Deferred[Repository]:
+        """Where the image is or is to be, to push to it; close that. Fails with a `RegistryError`."""
+        return Deferred.fromCoroutine(self._repository())
 
     def close(self) -> Deferred[None]:
         """As `IImageStore.close`. Reads that are under way are their callers' to cancel."""
@@ -189,13 +194,27 @@ class RegistryStore:
         data, _ = await self._fetch(image.digest)
         check_content(self._reference, data, image.digest, None)
         subject = Descriptor(image.manifest.media_type, image.digest, len(data))
-        scope = f"repository:{self._reference.repository}:pull,push"
-        authorizer = Authorizer(self._transport, self._session.origin, scope, self._keychain)
-        session = attrs.evolve(self._session, authorizer=authorizer)
+        repository = await self._repository()
         try:
-            return await self._persist(lambda: push_referrer(session, self._base, subject, artifact))
+            return await push_referrer(repository, subject, artifact)
         finally:
-            session.close()
+            repository.close()
+
+    async def _repository(self) -> Repository:
+        from erofs_twisted.registry.repository import Repository
+
+        if self._session.origin.scheme == "http" and not self._plain_http:
+            await self._persist(self._find_scheme)
+        session = self._session.apart(f"repository:{self._reference.repository}:pull,push")
+        return Repository(session, self._base, self._backoff)
+
+    async def _find_scheme(self) -> None:
+        """On a loopback host: does it want TLS?"""
+        root = self._base.removesuffix(self._reference.repository)
+        answer = await self._transport.get(root, {}, PATIENCE)
+        await discard(answer, self._transport.clock, PATIENCE)
+        if answer.code == 400:
+            self._speak("https")
 
     async def _persist(self, work: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
         """Do what may fail for a while, again and again, but not for ever."""

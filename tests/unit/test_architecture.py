@@ -88,6 +88,8 @@ FLOORS: dict[int, list[str]] = {
         "registry.store",
         "registry.referrers",
         "registry.push",
+        "registry.content",
+        "registry.repository",
         "blocks.source",
         "blocks.fetch",
         "blocks.queue",

@@ -26,6 +26,7 @@ from erofs_twisted.registry.platform import Platform
 from erofs_twisted.registry.push import EMPTY, Artifact
 from erofs_twisted.registry.reference import ImageReference, parse_reference
 from erofs_twisted.registry.referrers import MAX_PAGES, fallback_tag
+from erofs_twisted.registry.repository import ATTEMPTS
 from erofs_twisted.registry.retry import Backoff
 from tests.unit.fakehttp import FakeRequest, fake_transport
 from tests.unit.test_registry_client import MANIFEST, describe, encode, index_of
@@ -349,7 +350,7 @@ class PushTests(ReferrersTestCase):
         for _ in range(10):
             self.clock.advance(1)
         self.assertIn("503", str(self.failureResultOf(pushed, RegistryError).value))
-        self.assertEqual(6, len(self.statuses["POST blobs"]))
+        self.assertEqual(10 - ATTEMPTS, len(self.statuses["POST blobs"]))
 
     def test_who_may_not_push_is_told_so_with_the_cure(self) -> None:
         for where in ("POST blobs", "PUT uploads", "PUT manifests"):
