@@ -55,7 +55,7 @@ def digest_of(content: Content) -> Digest:
 
 
 def sender(content: Content, reactor: Any, patience: float) -> Sender:
-    """Sends ``content`` as a body, as often as need be; each byte that is taken gives ``patience`` seconds.
+    """Sends ``content`` as a body, as often as need be; each piece that is taken gives ``patience`` seconds.
 
     The last one gives more, as a registry may need longer to put away what is large.
     """

@@ -38,7 +38,7 @@ from erofs_twisted.registry.urls import redacted, with_parameters
 ATTEMPTS = 5
 """For each blob and each manifest, from its beginning."""
 PATIENCE = 60.0
-"""Seconds for each request; for a blob, since the last byte that was taken."""
+"""Seconds for each request; for a blob, since the last piece that was taken."""
 PAUSE = 60.0
 """Seconds, at most, that a registry is left alone before the next attempt, if that is what it asks for."""
 MISSING = frozenset({404, 410})

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,7 @@ class PushTestCase(TestCase):
     def setUp(self) -> None:
         # The name of a socket may not be as long as a path of mktemp's is.
         self.directory = Path(self.enterContext(tempfile.TemporaryDirectory()))
+        self.trust_root: Any = None
         self.pool: Any = reactor.getThreadPool()  # type: ignore[attr-defined]
 
     def open(self, registry: DockerRegistry | Nginx | HalfSaid, name: str = "team/app:1", **how: Any) -> Any:
@@ -385,12 +387,14 @@ class TokenTests(PushTestCase):
 
 
 class OtherServerTests(PushTestCase):
-    async def test_a_registry_on_loopback_that_wants_tls_gets_it(self) -> None:
+    def certificate(self) -> tuple[Path, Path]:
         authority = make_authority("test authority")
-        trust_root = trustRootFromCertificates([Certificate.loadPEM(pem(authority[1]))])
-        certificate = issue(authority, ["127.0.0.1"], self.directory)
-        registry = self.enterContext(DockerRegistry(certificate=certificate))
-        store = self.open(registry, trust_root=trust_root)
+        self.trust_root = trustRootFromCertificates([Certificate.loadPEM(pem(authority[1]))])
+        return issue(authority, ["127.0.0.1"], self.directory)
+
+    async def test_a_registry_on_loopback_that_wants_tls_gets_it(self) -> None:
+        registry = self.enterContext(DockerRegistry(certificate=self.certificate()))
+        store = self.open(registry, trust_root=self.trust_root)
         repository = await store.repository()
         self.addCleanup(repository.close)
         file = self.file(3 * MIB)
@@ -398,12 +402,19 @@ class OtherServerTests(PushTestCase):
         await self.check(store, file)
 
     async def test_a_proxy_that_takes_less_says_so_while_the_file_is_sent(self) -> None:
+        await self.check_limit(Nginx.proxy)
+
+    async def test_a_proxy_with_tls_does_too(self) -> None:
+        certificate = self.certificate()
+        proto = "proxy_set_header X-Forwarded-Proto https;"
+        await self.check_limit(lambda url: attrs.evolve(Nginx.proxy(url, proto), tls=certificate))
+
+    async def check_limit(self, proxy: Callable[[str], Nginx]) -> None:
         registry = self.enterContext(DockerRegistry())
-        limit = "client_max_body_size 1m;"
-        front = self.enterContext(
-            Nginx(f"location / {{ {limit} proxy_pass {registry.url}; proxy_set_header Host $http_host; }}")
-        )
-        repository = await self.repository(front)
+        front = proxy(registry.url)
+        front.directives = front.directives.replace("client_max_body_size 0", "client_max_body_size 1m")
+        self.enterContext(front)
+        repository = await self.repository(front, trust_root=self.trust_root)
         file = self.file(32 * MIB, self.slow_pool(0.002))
         with self.assertRaisesRegex(Exception, "413"):
             await repository.push_blob(file)

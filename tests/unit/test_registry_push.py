@@ -319,6 +319,21 @@ class FaultTests(PushTestCase):
             self.agent.answer = answer
             self.pushed(self.file())
 
+    def test_a_connection_that_breaks_within_the_body_begins_the_upload_anew(self) -> None:
+        before = len(os.listdir("/proc/self/fd"))
+        self.pool.held = True
+        pushing = self.push(self.file())
+        self.pool.work.pop(0)()
+        broken = self.agent.last
+        broken.producer.stopProducing()  # as the agent does
+        broken.fail(ConnectionResetError())
+        self.wait()
+        self.pool.run()
+        self.assertEqual(PIECE, len(broken.body))
+        self.assertEqual(DIGEST, self.successResultOf(pushing))
+        self.assertEqual(2, self.asked().count("POST begin"))
+        self.assertEqual(before, len(os.listdir("/proc/self/fd")))
+
     def test_an_answer_that_was_lost_is_found_to_have_been_yes(self) -> None:
         real = self.answer
 
