@@ -34,6 +34,8 @@ class Authorizer:
     _registry: Origin
     _scope: str
     _keychain: IKeychain = attrs.field(factory=Given)
+    _extra: Scopes = attrs.field(init=False, default=())
+    """What is asked for whether or not the registry names it."""
     _held: Identity | None = attrs.field(init=False, default=None)
     _basic: str | None = attrs.field(init=False, default=None)
     _server: TokenServer | None = attrs.field(init=False, default=None)
@@ -105,12 +107,15 @@ class Authorizer:
         self._basic = held.authorization()
         return True
 
-    def branch(self) -> Authorizer:
+    def branch(self, *scopes: str) -> Authorizer:
         """Another one that knows what this one knows now, for requests that may be refused: what it learns
-        from that is its own, and what it doesn't have to learn costs nothing."""
+        from that is its own, and what it doesn't have to learn costs nothing. Its tokens are for ``scopes``,
+        too."""
         twin = Authorizer(self._transport, self._registry, self._scope, self._keychain)
         twin._held = self._held
-        twin._basic, twin._server, twin._scopes = self._basic, self._server, self._scopes
+        twin._extra = _distinct(*scopes, *self._extra)
+        twin._basic, twin._server = self._basic, self._server
+        twin._scopes = _distinct(*scopes, *self._scopes) if self._server is not None else ()
         twin._tokens = dict(self._tokens)
         return twin
 
@@ -160,8 +165,9 @@ class Authorizer:
         if self._server is None or (self._server.realm, self._server.service) != (realm, service):
             self._server = TokenServer(self._transport, realm, service)
         # New scopes first: some servers read only the first. A scope that was granted before stays wanted.
-        wanted = [challenge.parameters.get("scope", ""), *self._scopes]
-        self._scopes = tuple(dict.fromkeys(filter(None, wanted))) or (self._scope,)
+        # A challenge may name several at once (RFC 6750, section 3): docker-registry's does for a mount.
+        wanted = challenge.parameters.get("scope", "").split()
+        self._scopes = _distinct(*wanted, *self._extra, *self._scopes) or (self._scope,)
         self._tokens.pop(self._scopes, None)
 
     async def _fetch_token(self) -> Token:
@@ -191,6 +197,10 @@ class Authorizer:
             self._tokens[scopes] = token.spared(self._transport.clock.seconds())
         if not failure.check(CancelledError):
             self._log.info("refreshing a token failed: {reason}", reason=failure.getErrorMessage())
+
+
+def _distinct(*scopes: str) -> Scopes:
+    return tuple(dict.fromkeys(scopes))
 
 
 def _shown(challenge: Challenge) -> str:

@@ -45,6 +45,7 @@ from erofs_twisted.registry.urls import redacted
 if TYPE_CHECKING:
     from erofs_twisted.registry.probe import Probe
     from erofs_twisted.registry.push import Artifact
+    from erofs_twisted.registry.repository import Repository
 
 ATTEMPTS = 4
 """Requests for a manifest before it is given up: at a start, somebody waits."""
@@ -100,6 +101,10 @@ class RegistryStore:
         """As `IImageStore.push_referrer`; fails with a `RegistryError`."""
         return Deferred.fromCoroutine(self._push_referrer(image, artifact))
 
+    def repository(self) -> Deferred[Repository]:
+        """Where the image is or is to be, to push to it; close that. Fails with a `RegistryError`."""
+        return Deferred.fromCoroutine(self._repository())
+
     def close(self) -> Deferred[None]:
         """As `IImageStore.close`. Reads that are under way are their callers' to cancel."""
         return Deferred.fromCoroutine(self._close())
@@ -151,7 +156,7 @@ class RegistryStore:
         for host in hosts:
             session = host.session.apart()
             try:
-                found = await list_referrers(session, host.base, subject, artifact_type)
+                found = await list_referrers(session, host.url, subject, artifact_type)
             except RegistryError as error:
                 if host is hosts[-1]:
                     raise
@@ -191,15 +196,20 @@ class RegistryStore:
 
         data = (await self._fetch(image.digest, image.digest)).data
         subject = Descriptor(image.manifest.media_type, image.digest, len(data))
+        repository = await self._repository()
+        try:
+            return await push_referrer(repository, subject, artifact)
+        finally:
+            repository.close()
 
-        async def push(host: RegistryHost) -> Digest:
-            session = host.pusher()
-            try:
-                return await push_referrer(session, host.base, subject, artifact)
-            finally:
-                session.close()
+    async def _repository(self) -> Repository:
+        from erofs_twisted.registry.repository import Repository
 
-        return await self._persist(Capability.PUSH, push)
+        async def open_repository(host: RegistryHost) -> Repository:
+            await host.find_scheme()
+            return Repository(host.pusher(), host.base, self._backoff)
+
+        return await self._persist(Capability.PUSH, open_repository)
 
     def _that_can(self, capability: Capability) -> list[RegistryHost]:
         hosts = [host for host in self._hosts if host.can(capability)]

@@ -10,6 +10,7 @@ from twisted.internet.defer import CancelledError, Deferred
 from twisted.python.failure import Failure
 
 from erofs_twisted.registry.auth import Authorizer
+from erofs_twisted.registry.body import discard
 from erofs_twisted.registry.circuit import Turn
 from erofs_twisted.registry.errors import RegistryError, Unreachable
 from erofs_twisted.registry.hosts import Capability, HostSettings
@@ -19,6 +20,9 @@ from erofs_twisted.registry.retry import Backoff
 from erofs_twisted.registry.session import Answer, Session
 from erofs_twisted.registry.transport import Transport
 from erofs_twisted.registry.urls import Origin, with_parameters
+
+PATIENCE = 15.0
+"""Seconds for a request."""
 
 
 @attrs.define(eq=False)
@@ -82,9 +86,17 @@ class RegistryHost:
 
     def pusher(self) -> Session:
         """A session that may push. Close it."""
-        scope = f"repository:{self._reference.repository}:pull,push"
-        authorizer = Authorizer(self.transport, self.session.origin, scope, self._keychain)
-        return attrs.evolve(self.session, authorizer=authorizer)
+        return self.session.apart(f"repository:{self._reference.repository}:pull,push")
+
+    async def find_scheme(self) -> None:
+        """Find out whether a server on a loopback host wants TLS, where nothing was said of it. Raises
+        `TransferFailed`."""
+        if not self._is_guess or self.session.origin.scheme != "http":
+            return
+        url = f"{self._root}/"
+        response = await self.transport.get(url, {}, PATIENCE)
+        await discard(response, self.transport.clock, PATIENCE)
+        self.wants_tls(Answer(response, url, False))
 
     def is_down(self) -> bool:
         """Is it taken to be?"""

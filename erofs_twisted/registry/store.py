@@ -56,7 +56,7 @@ def open_store(
 def _explain(reference: ImageReference, found: FoundHosts, tls: TLSSettings, tell: Tell) -> None:
     unverified = tls.unverified.union(*(_tls(host, tls).unverified for host in found.hosts))
     for warning in (*found.warnings, *attrs.evolve(tls, unverified=unverified).warnings()):
-        _log.warn("{warning}", warning=warning)
+        _log.warn("{text}", text=warning)
     if tell is not silent:
         said = found.source or "nothing is said of this registry's servers (--hosts-dir)"
         tell(f"{reference.registry}: {said}")

@@ -1,9 +1,9 @@
-"""HTTP as a registry's client needs it: no redirects, no decoding, bodies in memory, and a limit of time."""
+"""HTTP as a registry's client needs it: no redirects, no decoding, and a limit of time."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import lru_cache
+from collections.abc import Callable, Mapping
+from functools import lru_cache, partial
 from typing import Any
 
 import attrs
@@ -12,10 +12,11 @@ from treq.client import HTTPClient
 from twisted.internet.defer import CancelledError, Deferred, succeed
 from twisted.internet.defer import TimeoutError as TimedOut
 from twisted.internet.endpoints import HostnameEndpoint, wrapClientTLS
-from twisted.internet.interfaces import IConsumer, IStreamClientEndpoint
+from twisted.internet.interfaces import IConsumer, IDelayedCall, IStreamClientEndpoint
 from twisted.internet.task import deferLater
 from twisted.python.failure import Failure
 from twisted.web._newclient import HTTP11ClientProtocol
+from twisted.web._newclient import Request as HTTPRequest
 from twisted.web.client import (
     URI,
     Agent,
@@ -31,8 +32,8 @@ from erofs_twisted import __version__
 from erofs_twisted.interfaces import Tell, silent
 from erofs_twisted.registry.body import abandon
 from erofs_twisted.registry.concurrency import LimitedAgent
-from erofs_twisted.registry.errors import TransferFailed
-from erofs_twisted.registry.failures import NETWORK_FAILURES, is_cancellation, network_failure
+from erofs_twisted.registry.errors import RegistryError, TransferFailed
+from erofs_twisted.registry.failures import NETWORK_FAILURES, innermost, is_cancellation, network_failure
 from erofs_twisted.registry.keepalive import KeptAlive
 from erofs_twisted.registry.proxies import Proxies, Proxy, authority
 from erofs_twisted.registry.proxyagent import PlainProxyAgent
@@ -50,10 +51,24 @@ MAX_HOSTS = 64
 IDLE_SECONDS = 60
 """Shorter than the keep-alive of common servers (nginx: 75 s), so that they seldom close under a request."""
 
+Extend = Callable[[float], None]
+"""Says that a request made progress, and how many seconds from now the next may take."""
+Sender = Callable[[Extend], IBodyProducer | None]
+"""Makes the producer of a body, anew each time that the body is sent; None of an empty one."""
+Body = bytes | Sender
+"""What goes with a request: what is in memory, or what is made as it is sent."""
+
 
 class _Client(HTTP11ClientProtocol):
     """Takes the head of an answer in small pieces, since each line of it is cut off what came with it, and a
-    long body in large ones, since each goes through a dozen calls."""
+    long body in large ones, since each goes through a dozen calls.
+
+    An answer may come before all of a request's body went out: a token has expired, the upload is wanted
+    elsewhere. Twisted would send the rest, and unless the answer is whole lose it when the server hangs up.
+    Here it counts at once, nothing more is sent, and the connection is closed after it.
+    """
+
+    _is_early = False
 
     def request(self, request: Any) -> Deferred[Any]:
         self._take(SMALL_PIECE)
@@ -63,7 +78,32 @@ class _Client(HTTP11ClientProtocol):
     def dataReceived(self, data: bytes) -> None:
         if len(data) >= SMALL_PIECE:
             self._take(PIECE)
+        request = self._currentRequest
         super().dataReceived(data)  # type: ignore[no-untyped-call]
+        self._heed_early_answer(request)
+
+    def _heed_early_answer(self, request: HTTPRequest | None) -> None:
+        """After each piece of an answer; ``request`` is the one that it is to."""
+        assert self.transport is not None
+        if self._state == "TRANSMITTING_AFTER_RECEIVING_RESPONSE" and not self._is_early:
+            self._stop_sending(request)
+        elif self._state == "TRANSMITTING" and self._responseDeferred is not None:
+            if not self._responseDeferred.called:
+                return  # less than its head
+            self._stop_sending(request)
+            self._state = "WAITING"
+            finished: Any = self._finishedRequest
+            _ = self._responseDeferred.chainDeferred(finished)
+        if self._is_early and self._state in ("QUIESCENT", "TRANSMITTING_AFTER_RECEIVING_RESPONSE"):
+            # All of the answer is here. What is yet to be sent is of no use to anybody.
+            self.transport.abortConnection()  # type: ignore[attr-defined]
+
+    def _stop_sending(self, request: Any) -> None:
+        assert self.transport is not None
+        self._is_early = True
+        request.persistent = False
+        request.stopWriting()
+        self.transport.unregisterProducer()  # type: ignore[attr-defined]
 
     def _take(self, size: int) -> None:
         transport = self.transport
@@ -242,25 +282,32 @@ class Transport:
         return await self.request("GET", url, headers, seconds)
 
     async def request(
-        self, method: str, url: str, headers: Mapping[str, str], seconds: float, body: bytes = b""
+        self, method: str, url: str, headers: Mapping[str, str], seconds: float, body: Body = b""
     ) -> IResponse:
         """The answer to one request, whatever its status, within ``seconds``; its body is yet to be read.
 
-        Who gets the answer must receive, discard or abandon its body. Raises `TransferFailed`.
+        A `Sender` of the request's ``body`` may extend the time as it goes on. Who gets the answer must
+        receive, discard or abandon its body. Raises `TransferFailed`, and what `RegistryError` the sender
+        fails with.
         """
         began = self.clock.seconds()
-        answer = self._client.request(
+        limit = _TimeLimit(self.clock)
+        if isinstance(body, bytes):
+            body = partial(_in_memory, body)
+        answer: Deferred[Any] = self._client.request(
             method,
             _url(url),
             headers=Headers({"User-Agent": [USER_AGENT], **{name: [text] for name, text in headers.items()}}),
-            data=BytesProducer(body) if body else None,
+            data=body(limit.extend),
             allow_redirects=False,
             unbuffered=True,
             reactor=self.clock,
         )
         try:
-            response = await answer.addTimeout(seconds, self.clock, _timed_out)
+            response = await limit.over(answer, seconds)
         except NETWORK_FAILURES as error:
+            if isinstance(cause := innermost(error), RegistryError):
+                raise cause from error
             if is_cancellation(error):
                 raise CancelledError from error
             raise self._told(method, network_failure(error, url), began) from error
@@ -290,8 +337,39 @@ class Transport:
             await self._pool.closeCachedConnections()
 
 
-def _timed_out(result: IResponse | Failure, seconds: float) -> IResponse:
-    """What an agent's request comes to when its time is up: how it says that it was cancelled varies."""
-    if isinstance(result, Failure):
-        raise TimedOut(f"no answer within {seconds:g} seconds")
-    return result
+def _in_memory(body: bytes, extend: Extend) -> BytesProducer | None:
+    return BytesProducer(body) if body else None
+
+
+@attrs.define(eq=False)
+class _TimeLimit:
+    """Cancels a request when its time is up."""
+
+    _clock: Any
+    _seconds: float = attrs.field(init=False, default=0.0)
+    _call: IDelayedCall | None = attrs.field(init=False, default=None)
+    _is_over: bool = attrs.field(init=False, default=False)
+
+    def over(self, answer: Deferred[IResponse], seconds: float) -> Deferred[IResponse]:
+        """``answer``, which comes within ``seconds`` or fails."""
+        self._seconds = seconds
+        self._call = self._clock.callLater(seconds, self._expire, answer)
+        return answer.addBoth(self._finish)
+
+    def extend(self, seconds: float) -> None:
+        """There is time again: ``seconds`` from now."""
+        if self._call is not None and self._call.active():
+            self._seconds = seconds
+            self._call.reset(seconds)
+
+    def _expire(self, answer: Deferred[IResponse]) -> None:
+        self._is_over = True
+        answer.cancel()
+
+    def _finish(self, result: IResponse | Failure) -> IResponse | Failure:
+        if self._call is not None and self._call.active():
+            self._call.cancel()
+        if self._is_over and isinstance(result, Failure):
+            # How an agent says that it was cancelled varies.
+            raise TimedOut(f"no answer within {self._seconds:g} seconds")
+        return result

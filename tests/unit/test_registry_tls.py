@@ -368,7 +368,7 @@ class UnverifiedTests(TLSTestCase):
         mirror = HostSettings(authority="m.example:5000", scheme="https", skip_verify=True, is_mirror=True)
         hosts = FoundHosts((mirror, HostSettings(authority="registry.example")))
         open_store(MemoryReactorClock(), reference, RegistrySettings(tls=settings, hosts=hosts), pool=nothing)
-        texts = [event["warning"] for event in events if event["log_level"].name == "warn"]
+        texts = [event["text"] for event in events if event["log_level"].name == "warn"]
         self.assertEqual(3, len(texts))
         self.assertIn("[::1]:5000 is not verified", texts[0])
         self.assertIn("m.example:5000 is not verified", texts[1])

@@ -14,6 +14,7 @@ from twisted.internet.error import (
     ConnectionRefusedError,
     DNSLookupError,
 )
+from twisted.internet.task import Clock
 from twisted.internet.testing import MemoryReactorClock, StringTransport
 from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
@@ -25,6 +26,7 @@ from twisted.web.server import Request
 
 from erofs_twisted.registry.answers import errors_text, status_error
 from erofs_twisted.registry.body import SMALL_BODY, abandon, discard, read_body, receive
+from erofs_twisted.registry.content import _Producer
 from erofs_twisted.registry.errors import AccessDenied, NotInRegistry, TransferFailed
 from erofs_twisted.registry.transport import (
     MAX_HOSTS,
@@ -344,6 +346,86 @@ class ConnectionTests(SynchronousTestCase):
         self.successResultOf(answer)
         client.dataReceived(bytes(SMALL_PIECE))
         self.assertEqual(PIECE, transport.bufferSize)
+
+
+class EarlyAnswerTests(SynchronousTestCase):
+    """What a server says before it has all of a request's body."""
+
+    def setUp(self) -> None:
+        self.quiet: list[object] = []
+        self.client = _Client(self.quiet.append)
+        self.wire: Any = StringTransport()
+        self.wire.abortConnection = lambda: setattr(self.wire, "is_aborted", True)
+        self.wire.is_aborted = False
+        self.client.makeConnection(self.wire)
+        self.extended: list[float] = []
+        self.reads: list[Deferred[bytes]] = []
+        self.producer = _Producer(self, 2000, self.extended.append, 60.0)  # type: ignore[arg-type]
+        headers = Headers({b"Host": [b"a"]})
+        self.answer = self.client.request(HTTPRequest(b"PUT", b"/", headers, self.producer, persistent=True))
+        self.addCleanup(lambda: self.assertEqual([], self.quiet))
+
+    def read(self, offset: int, length: int) -> Deferred[bytes]:
+        """What the producer reads, when a test says so."""
+        self.reads.append(Deferred())
+        return self.reads[-1]
+
+    def close(self) -> None:
+        """What the producer reads from is closed."""
+        self.is_closed = True
+
+    def check(self, body: bytes) -> None:
+        response = self.successResultOf(self.answer)
+        self.assertEqual(401, response.code)
+        got = read_body(response, 100, Clock(), 10)
+        if not got.called:
+            self.client.dataReceived(body)
+        self.assertEqual(b"refused", self.successResultOf(got))
+        self.assertTrue(self.wire.is_aborted)
+        self.assertIsNone(self.wire.producer)
+        self.reads[0].callback(bytes(2000))
+        self.assertTrue(self.is_closed)
+        self.assertNotIn(bytes(10), self.wire.value())
+        self.client.connectionLost(Failure(ConnectionLost()))
+
+    def test_it_counts_at_once_and_ends_the_connection(self) -> None:
+        self.client.dataReceived(b"HTTP/1.1 401 No\r\nContent-Length: 7\r\n\r\nrefused")
+        self.check(b"")
+
+    def test_it_may_come_in_pieces(self) -> None:
+        self.client.dataReceived(b"HTTP/1.1 401 No\r\nConte")
+        self.assertNoResult(self.answer)
+        self.client.dataReceived(b"nt-Length: 7\r\n\r\n")
+        self.check(b"refused")
+
+    def test_it_may_have_no_body(self) -> None:
+        self.client.dataReceived(b"HTTP/1.1 401 No\r\nContent-Length: 0\r\n\r\n")
+        self.assertEqual(401, self.successResultOf(self.answer).code)
+        self.assertTrue(self.wire.is_aborted)
+
+    def test_a_provisional_one_is_none(self) -> None:
+        self.client.dataReceived(b"HTTP/1.1 100 Continue\r\n\r\n")
+        self.assertNoResult(self.answer)
+        self.reads[0].callback(bytes(2000))
+        self.assertIn(bytes(2000), self.wire.value())
+        self.client.dataReceived(b"HTTP/1.1 201 Created\r\nContent-Length: 0\r\n\r\n")
+        self.assertEqual(201, self.successResultOf(self.answer).code)
+        self.assertFalse(self.wire.is_aborted)
+        self.assertEqual([self.client], self.quiet)
+        self.quiet.clear()
+
+    def test_an_answer_after_all_of_the_body_keeps_the_connection(self) -> None:
+        self.reads[0].callback(bytes(2000))
+        self.client.dataReceived(b"HTTP/1.1 401 No\r\nContent-Length: 0\r\n\r\n")
+        self.assertEqual(401, self.successResultOf(self.answer).code)
+        self.assertFalse(self.wire.is_aborted)
+        self.assertEqual([self.client], self.quiet)
+        self.quiet.clear()
+
+    def test_to_cancel_the_answer_then_ends_the_connection(self) -> None:
+        self.client.dataReceived(b"HTTP/1.1 401 No\r\nContent-Length: 7\r\n\r\n")
+        abandon(self.successResultOf(self.answer))
+        self.assertTrue(self.wire.is_aborted)
 
 
 class StatusTests(SynchronousTestCase):
