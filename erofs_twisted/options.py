@@ -125,7 +125,7 @@ MOUNT_OPTIONS = (
     Option(
         "nbd-backend-identifier",
         "TEXT",
-        "names the device's server to the kernel [the layer's media type and digest]",
+        "names the device's server to the kernel [the layer's digest and the mount's name]",
     ),
     Option("nbd-read-ahead", "KIB", "the device's read_ahead_kb [1024]"),
     Option("nbd-max-request", "KIB", "the device's max_sectors_kb [1024]"),

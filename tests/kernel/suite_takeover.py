@@ -61,7 +61,7 @@ class TakeOverTests(DaemonTestCase):
         shared = daemons[0].state_dir
         for daemon in daemons:
             self.kill(daemon)
-        first, second = daemons
+        first, _ = daemons
         told = run(BIN / "erofs-nbd", "reattach", "--all", "--dry-run", "--state-dir", shared)
         self.assertEqual((0, ""), (told.returncode, told.stderr))
         self.assertIn(f"{first.mountpoint}: leave {first.mountpoint} mounted", told.stdout)

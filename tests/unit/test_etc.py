@@ -52,6 +52,25 @@ class UnitTests(SynchronousTestCase):
         self.assertEqual(environment["IMAGE"], str(config.image.reference))
         self.assertEqual(environment["MOUNTPOINT"], config.mountpoint)
 
+    def test_nothing_unmounts_what_a_daemon_that_died_has_left(self) -> None:
+        commands = [value for name, value in settings(self.unit) if name.startswith("Exec")]
+        self.assertEqual([], [command for command in commands if "umount" in command])
+
+    def test_a_daemon_that_died_is_followed_by_the_next_one_at_once_however_often(self) -> None:
+        found = dict(settings(self.unit))
+        self.assertEqual(
+            ("on-failure", "100ms", "0"),
+            (found["Restart"], found["RestartSec"], found["StartLimitIntervalSec"]),
+        )
+
+    def test_a_signal_that_kills_is_a_failure_though_systemd_calls_it_clean(self) -> None:
+        # systemd.service(5), "Restart=": clean are 0 and SIGHUP, SIGINT, SIGTERM, SIGPIPE.
+        forced = dict(settings(self.unit))["RestartForceExitStatus"]
+        self.assertEqual({"SIGHUP", "SIGINT", "SIGTERM", "SIGPIPE"}, {*forced.split()})
+
+    def test_nbdfuse_is_not_told_to_end_beside_its_daemon(self) -> None:
+        self.assertEqual("mixed", dict(settings(self.unit))["KillMode"])
+
     def test_a_read_of_the_superblock_fails_by_itself_before_systemd_gives_up(self) -> None:
         (limit,) = (value for name, value in settings(self.unit) if name == "TimeoutStartSec")
         config = parsed(shlex.split("--image registry.example/app --mountpoint /mnt"))
