@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Coroutine
 from typing import Any, NoReturn, TypeVar
 
 import click
 
 from erofs_twisted import __version__
+from erofs_twisted.control.client import SOCKET, Daemon
 from erofs_twisted.errors import ErofsTwistedError, MountError
 from erofs_twisted.options import (
     IMAGE_OPTIONS,
+    MOUNT_OPTIONS,
     OPTIONS,
     ImageConfig,
     Option,
@@ -21,11 +24,12 @@ from erofs_twisted.options import (
     passwords_on_command_line,
     read_cache_dir,
     read_image_config,
+    read_mount_call,
     read_size,
     read_state_dir,
 )
 from erofs_twisted.process import conceal_arguments, on_stop_signal
-from erofs_twisted.state.journal import Journal
+from erofs_twisted.state.journal import Journal, daemon_runs
 from erofs_twisted.waiting import wait_until_ready
 
 IMAGE_OPTION_NAMES = tuple(option.name for option in IMAGE_OPTIONS)
@@ -43,6 +47,9 @@ REGISTRY_OPTION_NAMES = (
     "stall-timeout",
     "verbose",
 )
+
+FOLLOW = 0.5
+"""Seconds between two looks at a log that grows."""
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -128,6 +135,73 @@ def serve(image: str, socket: str, **options: Any) -> None:
 
 
 @commands.command()
+@click.argument("image")
+@click.argument("mountpoint")
+@click.option("--timeout", metavar="SECONDS", type=click.FloatRange(min=0), default=60.0, show_default=True)
+@takes(*(option.name for option in (*IMAGE_OPTIONS, *MOUNT_OPTIONS[2:])))
+def mount(image: str, mountpoint: str, timeout: float, **options: Any) -> None:
+    """Have IMAGE mounted on MOUNTPOINT by the daemon that listens in --state-dir; return when it can be used.
+
+    The same again is no error. The daemon is twistd erofs-nbd without --image. A mount that takes longer than
+    --timeout is still made: 'erofs-nbd umount' calls it off.
+    """
+    values = {name.replace("_", "-"): value for name, value in options.items()}
+    conceal_arguments(passwords_on_command_line(values))
+    call = read_mount_call({**values, "image": image, "mountpoint": mountpoint})
+    _daemon(options["state_dir"]).mount(os.path.realpath(mountpoint), call, timeout)
+
+
+@commands.command("ls")
+@click.option("--json", "as_json", is_flag=True, help="for programs")
+@takes("state-dir")
+def list_mounts(as_json: bool, state_dir: str | None) -> None:
+    """List the mounts on record, of all daemons that share --state-dir."""
+    from erofs_twisted.listing import as_dicts, show
+
+    records = Journal(read_state_dir({"state-dir": state_dir})).records()
+    if as_json:
+        click.echo(json.dumps(as_dicts(records), indent=2))
+    else:
+        show(records)
+
+
+@commands.command()
+@click.argument("mountpoint", required=False)
+@takes("state-dir")
+def status(mountpoint: str | None, state_dir: str | None) -> None:
+    """Show what the daemon that listens in --state-dir says of itself, or of MOUNTPOINT, as JSON."""
+    daemon = _daemon(state_dir)
+    said = daemon.status() if mountpoint is None else daemon.one(os.path.realpath(mountpoint))
+    click.echo(json.dumps(said, indent=2))
+
+
+@commands.command()
+@click.argument("mountpoint", required=False)
+@click.option("-f", "--follow", is_flag=True, help="go on with what is logged from now on, until Ctrl-C")
+@takes("state-dir")
+def logs(mountpoint: str | None, follow: bool, state_dir: str | None) -> None:
+    """Print the last lines of the log of the daemon that listens in --state-dir, or those about MOUNTPOINT."""
+    daemon, path = _daemon(state_dir), "" if mountpoint is None else os.path.realpath(mountpoint)
+    after = 0
+    while True:
+        said = daemon.log(path, after)
+        for line in said["lines"]:
+            click.echo(line)
+        if not follow:
+            return
+        after = said["next"]
+        time.sleep(FOLLOW)
+
+
+@commands.command()
+@click.argument("mountpoint")
+@takes("state-dir")
+def prefetch(mountpoint: str, state_dir: str | None) -> None:
+    """Fetch all of the image on MOUNTPOINT now, and compare it with its digest."""
+    _daemon(state_dir).prefetch(os.path.realpath(mountpoint))
+
+
+@commands.command()
 @click.argument("mountpoint")
 @click.option("--timeout", metavar="SECONDS", type=click.FloatRange(min=0), default=60.0, show_default=True)
 @takes("state-dir")
@@ -142,10 +216,14 @@ def wait(mountpoint: str, timeout: float, state_dir: str | None) -> None:
 @takes("state-dir")
 def umount(mountpoint: str, lazy: bool, state_dir: str | None) -> None:
     """Unmount MOUNTPOINT and wait until its device and its daemon have gone."""
+    journal, path = Journal(read_state_dir({"state-dir": state_dir})), os.path.realpath(mountpoint)
+    record = journal.read(path)
+    if record is not None and record.service and daemon_runs(record):
+        _daemon(state_dir).unmount(path, lazy)
+        return
     from erofs_twisted.unmounting import unmount
 
-    journal = Journal(read_state_dir({"state-dir": state_dir}))
-    _run(lambda reactor: unmount(reactor, journal, os.path.realpath(mountpoint), lazy))
+    _run(lambda reactor: unmount(reactor, journal, path, lazy))
 
 
 @commands.command()
@@ -303,6 +381,10 @@ def prune_cache(
         raise MountError("say what is to go: --all, or --size SIZE and --older-than DAYS, one or both")
     path, limit = read_cache_dir({"cache-dir": cache_dir}), read_size("size", size)
     click.echo(prune(path, everything=everything, size=limit, older_than=older_than, dry_run=dry_run))
+
+
+def _daemon(state_dir: str | None) -> Daemon:
+    return Daemon(read_state_dir({"state-dir": state_dir}) / SOCKET)
 
 
 def _run(main: Callable[[Any], Coroutine[Any, Any, Any]], verbose: bool = False) -> Any:

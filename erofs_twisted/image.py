@@ -157,6 +157,15 @@ class OpenImage:
             await self._fill.now()
         self._warm_up.begin(superblock, self._fill if self._fill_mode == "auto" else None)
 
+    @property
+    def missing(self) -> int:
+        """Bytes that are not in the cache."""
+        return self._source.bytes_missing
+
+    async def fetch_all(self) -> None:
+        """Fetch what is missing, now, and compare all of it with its digest. Raises `ReadError`."""
+        await self._fill.now()
+
     def abandon(self) -> Deferred[None]:
         """Fail the reads that wait, and all that come: the first part of `close`."""
         if self._source_closed is None:
@@ -213,20 +222,67 @@ async def resolved_in_store(
         await pool.stop()
 
 
+@attrs.define(eq=False)
+class FoundImage:
+    """An image of which it is known which layer is to be mounted. `open` it or not, then `close` it."""
+
+    resolved: ResolvedImage
+    layer: Descriptor
+    _store: IImageStore
+    _reactor: Any
+    _pool: ThreadPool
+    _config: ImageConfig
+    _is_open: bool = attrs.field(init=False, default=False)
+
+    async def open(self) -> OpenImage:
+        """The layer, through the cache. Call it once. Raises `CacheError`."""
+        image = await _open(self._reactor, self._pool, self._config, self._store, self.resolved, self.layer)
+        self._is_open = True
+        return image
+
+    async def close(self) -> None:
+        """Let go of the registry, unless what was opened needs it."""
+        if not self._is_open:
+            await self._store.close()
+
+
+async def find_image(reactor: Any, pool: ThreadPool, config: ImageConfig) -> FoundImage:
+    """Resolve an image, and choose its layer.
+
+    Raises `LayerError`, or what the registry's client raises; then nothing is left open.
+    """
+    store = store_of(reactor, pool, config)
+    try:
+        resolved = await store.resolve(config.platform)
+        layer = choose_layer(resolved, config.layer)
+    except BaseException:
+        await store.close()
+        raise
+    return FoundImage(resolved, layer, store, reactor, pool, config)
+
+
 async def open_image(reactor: Any, pool: ThreadPool, config: ImageConfig) -> OpenImage:
     """Resolve an image, choose its layer, and open that in the cache.
 
     Raises `LayerError`, `CacheError`, or what the registry's client raises; then nothing is left open.
     """
-    store = store_of(reactor, pool, config)
-    directory = CacheDirectory(reactor, pool, str(config.cache_dir), limit=config.cache_size)
+    found = await find_image(reactor, pool, config)
     try:
-        resolved = await store.resolve(config.platform)
-        layer = choose_layer(resolved, config.layer)
-        cached = await directory.open(layer.digest, layer.size)
-    except BaseException:
-        await store.close()
-        raise
+        return await found.open()
+    finally:
+        await found.close()
+
+
+async def _open(
+    reactor: Any,
+    pool: ThreadPool,
+    config: ImageConfig,
+    store: IImageStore,
+    resolved: ResolvedImage,
+    layer: Descriptor,
+) -> OpenImage:
+    directory = CacheDirectory(reactor, pool, str(config.cache_dir), limit=config.cache_size)
+    cached = await directory.open(layer.digest, layer.size)
     queue = FetchQueue(reactor, tell=teller(config))
     source = BlobSource(store.blob(layer), cached, reactor, queue=queue)
     missing = source.bytes_missing

@@ -7,8 +7,8 @@ A read goes one way: NBD server → `IExport` → `IBlobReader`. Control goes be
 from __future__ import annotations
 
 import socket
-from collections.abc import Awaitable, Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import attrs
 from zope.interface import Attribute, Interface
@@ -148,6 +148,35 @@ class IDeviceConnector(Interface):
     def adopt(path: str, export: IExport, server: INBDServer, identifier: str) -> Deferred[IBlockDevice]:
         """Serve a device whose server was killed, as one of `connected` said of it. A Deferred of it, or a
         failure that leaves it as it was."""
+
+
+class IMounts(Interface):
+    """The mounts of a daemon, as its control socket has them. What is said of one is a dict, fit for JSON."""
+
+    def status() -> dict[str, Any]:
+        """Of the daemon as a whole."""
+
+    def log_lines(mountpoint: str, after: int) -> dict[str, Any]:
+        """The last lines of its log since number ``after``, those about a mount or ('') all; and the number
+        to ask for next. Raises `erofs_twisted.control.errors.NoSuchMount`."""
+
+    def mounts() -> list[dict[str, Any]]:
+        """All of them."""
+
+    def one(mountpoint: str) -> dict[str, Any]:
+        """One of them. Raises `erofs_twisted.control.errors.NoSuchMount`."""
+
+    def mount(mountpoint: str, options: Mapping[str, str | bool]) -> Deferred[tuple[bool, dict[str, Any]]]:
+        """Mount an image, with options as they are typed. A Deferred that fires when it can be used: with
+        whether it is new, and what it is. It fails with `erofs_twisted.control.errors.MountedOtherwise`, or
+        another `erofs_twisted.errors.ErofsTwistedError`. A caller that goes away does not end it."""
+
+    def unmount(mountpoint: str, lazy: bool) -> Deferred[None]:
+        """A Deferred of None when nothing is left of it; with ``lazy``, when it is out of the directory tree.
+        It fails with `erofs_twisted.mount.mountpoint.Busy`, which leaves the mount."""
+
+    def prefetch(mountpoint: str) -> Deferred[None]:
+        """A Deferred of None when all of the image is in the cache, and was compared with its digest."""
 
 
 class IImageStore(Interface):

@@ -175,6 +175,14 @@ class MountConfig:
     typed: Mapping[str, str | bool]
 
 
+@attrs.frozen(kw_only=True)
+class ServiceConfig:
+    """A daemon with as many mounts as are asked for. ``defaults`` are options of all its mounts, as typed."""
+
+    defaults: Mapping[str, str | bool]
+    state_dir: Path
+
+
 def read_image_config(image: str, values: Values) -> ImageConfig:
     """From what was typed, and from the environment; reads the password file. Raises `OptionError`."""
     values = _with_oci_shorthand(values)
@@ -243,6 +251,32 @@ def read_mount_config(values: Values) -> MountConfig:
             max_sectors_kb=_given(values, "nbd-max-request", _kib, lambda: settings.max_sectors_kb),
         ),
     )
+
+
+_OF_ONE_MOUNT = ("username", "password-file", "oci", "nbd-backend-identifier")
+
+
+def read_service_config(values: Values) -> ServiceConfig:
+    """From what was typed, without an image and a mount point. Raises `OptionError`."""
+    for name in _OF_ONE_MOUNT:
+        if values.get(name) is not None:
+            raise OptionError(name, "belongs to one mount: give it to 'erofs-nbd mount'")
+    # All that is not of one image is looked at now, and not by the first who asks for a mount.
+    config = read_mount_config({**values, "image": "localhost/any", "mountpoint": "/"})
+    defaults = {name: value for name, value in config.typed.items() if name not in ("image", "mountpoint")}
+    defaults.pop("state-dir", None)
+    return ServiceConfig(defaults=defaults, state_dir=config.state_dir)
+
+
+def read_mount_call(values: Values) -> dict[str, str | bool]:
+    """What was typed for a mount that a daemon is to make, looked at here: with absolute paths, and the
+    password itself. Raises `OptionError`."""
+    config = read_mount_config(values)
+    call = {name: value for name, value in config.typed.items() if name not in ("mountpoint", "state-dir")}
+    credentials = config.image.registry.credentials
+    if credentials is not None:
+        call |= {"username": credentials.username, "password": credentials.password}
+    return call
 
 
 _PATHS = frozenset({"auth-file", "cache-dir", "hosts-dir", "mountpoint", "state-dir", "tls-ca"})

@@ -6,13 +6,16 @@ import sys
 
 from twisted.application.service import IService
 from twisted.python import usage
+from twisted.python.systemd import ListenFDs
 
 from erofs_twisted.options import (
     OPTIONS,
     MountConfig,
     OptionError,
+    ServiceConfig,
     passwords_on_command_line,
     read_mount_config,
+    read_service_config,
 )
 from erofs_twisted.process import ExitStatus, conceal_arguments, put_off_collections
 
@@ -20,12 +23,13 @@ from erofs_twisted.process import ExitStatus, conceal_arguments, put_off_collect
 class Options(usage.Options):
     """`config` is what was asked for, once `parseOptions` has returned."""
 
-    synopsis = "--image IMAGE --mountpoint DIR [options]"
+    synopsis = "[--image IMAGE --mountpoint DIR] [options]"
     longdesc = (
         "Mounts an OCI image straight from its registry on the kernel's EROFS file system, read-only, "
         "fetching only what is read. A daemon, unless twistd is given -n; it ends when the mount point is "
-        "unmounted, or on SIGTERM. 'erofs-nbd wait DIR' tells when the mount is usable. Defaults are in "
-        "brackets."
+        "unmounted, or on SIGTERM. 'erofs-nbd wait DIR' tells when the mount is usable. Without --image and "
+        "--mountpoint it has as many mounts as 'erofs-nbd mount' asks it for, and the options are those of "
+        "each. Defaults are in brackets."
     )
     optParameters = [[o.name, None, None, o.help] for o in OPTIONS.values() if o.metavar is not None]
     optFlags = [[o.name, None, o.help] for o in OPTIONS.values() if o.metavar is None]
@@ -41,7 +45,7 @@ class Options(usage.Options):
             **{o.name: usage.CompleteList(o.choices) for o in OPTIONS.values() if o.choices},
         }
     )
-    config: MountConfig
+    config: MountConfig | ServiceConfig
 
     def parseOptions(self, options: list[str] | None = None) -> None:
         try:
@@ -62,7 +66,8 @@ class Options(usage.Options):
     def postOptions(self) -> None:
         conceal_arguments(passwords_on_command_line(self))
         try:
-            self.config = read_mount_config(self)
+            is_one = self["image"] is not None or self["mountpoint"] is not None
+            self.config = read_mount_config(self) if is_one else read_service_config(self)
         except OptionError as error:
             raise usage.UsageError(str(error)) from error
 
@@ -72,8 +77,16 @@ def makeService(options: Options) -> IService:
     put_off_collections()
     from twisted.internet import reactor
 
-    from erofs_twisted.service import MountService
-
     exit_status = ExitStatus()
     exit_status.install()
-    return MountService(reactor, options.config, exit_status)
+    config = options.config
+    if isinstance(config, MountConfig):
+        from erofs_twisted.service import MountService
+
+        return MountService(reactor, config, exit_status)
+    from erofs_twisted.mountsservice import MountsService
+
+    inherited = ListenFDs.fromEnvironment().inheritedDescriptors()
+    return MountsService(
+        reactor, config.defaults, config.state_dir, exit_status, inherited[0] if inherited else None
+    )

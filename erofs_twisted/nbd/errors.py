@@ -29,10 +29,6 @@ class FramingLost(NBDServerError):
     """A client sent what is no NBD request: where the next one starts cannot be known any more."""
 
 
-class SocketInUse(NBDServerError):
-    """The path to listen on is taken: by another server, or by a file that is no socket."""
-
-
 _TOLD = {
     errno.ENOMEM: WireError.ENOMEM,
     errno.ENOTSUP: WireError.ENOTSUP,

@@ -1,77 +1,12 @@
-"""A listening UNIX socket that is its owner's alone."""
+"""A listening UNIX socket whose connections send spans of files."""
 
 from __future__ import annotations
 
-import os
-import socket
-import stat
-from typing import Any
-
-from twisted.internet import tcp, unix
-from twisted.internet.interfaces import IProtocolFactory
-from twisted.python.failure import Failure
-
-from erofs_twisted.nbd.errors import SocketInUse
 from erofs_twisted.nbd.transport import SpanTransport
+from erofs_twisted.ownerport import OwnerPort
 
-OWNER_ONLY = 0o600
 
-
-class OwnerPort(unix.Port):
-    """Listens at ``path``, mode 0600 from the first moment, with a `SpanTransport` for each client.
-
-    ``startListening`` replaces a socket file that nobody listens on any more, and raises `SocketInUse` for
-    any other file. The file is removed at the end, unless it was replaced by another's meanwhile.
-    """
+class SpanPort(OwnerPort):
+    """As an `OwnerPort`, with a `SpanTransport` for each client."""
 
     transport = SpanTransport  # type: ignore[assignment]
-
-    def __init__(self, path: str, factory: IProtocolFactory, reactor: Any) -> None:
-        super().__init__(os.fsencode(path), factory, mode=OWNER_ONLY, reactor=reactor)
-        self._path = path
-        self._identity: tuple[int, int] | None = None
-
-    def createInternetSocket(self) -> socket.socket:
-        made: socket.socket = super().createInternetSocket()  # type: ignore[no-untyped-call]
-        # Linux gives the file the mode of the socket that is bound. The umask would do too, but that belongs
-        # to the whole process, threads and all.
-        os.fchmod(made.fileno(), OWNER_ONLY)
-        return made
-
-    def startListening(self) -> None:
-        _remove_stale(self._path)
-        super().startListening()  # type: ignore[no-untyped-call]
-        self._identity = _identity(self._path)
-
-    def connectionLost(self, reason: Failure) -> None:
-        if self._identity is not None and _identity(self._path) == self._identity:
-            os.unlink(self._path)
-        # Past `unix.Port`, which would remove whatever has that name by now.
-        tcp.Port.connectionLost(self, reason)
-
-
-def _identity(path: str) -> tuple[int, int] | None:
-    try:
-        found = os.lstat(path)
-    except FileNotFoundError:
-        return None
-    return found.st_dev, found.st_ino
-
-
-def _remove_stale(path: str) -> None:
-    try:
-        mode = os.lstat(path).st_mode
-    except FileNotFoundError:
-        return
-    if not stat.S_ISSOCK(mode):
-        raise SocketInUse(f"{path} exists and is no socket: choose another path, or remove it")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.setblocking(False)
-        try:
-            probe.connect(path)
-        except ConnectionRefusedError:
-            os.unlink(path)
-            return
-        except BlockingIOError:
-            pass  # its queue is full, so somebody has one
-    raise SocketInUse(f"another server listens on {path}: stop it, or choose another path")

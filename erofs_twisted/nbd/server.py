@@ -14,7 +14,7 @@ from zope.interface import implementer
 from erofs_twisted.interfaces import IExport, INBDServer
 from erofs_twisted.nbd.handshake import Agreed, Handshake
 from erofs_twisted.nbd.pages import DiskReaders
-from erofs_twisted.nbd.port import OwnerPort
+from erofs_twisted.nbd.port import SpanPort
 from erofs_twisted.nbd.protocol import NBDServerProtocol
 from erofs_twisted.nbd.transport import SpanTransport
 
@@ -32,7 +32,7 @@ class NBDServer:
     def __init__(self, reactor: Any) -> None:
         self._reactor = reactor
         self._connections: set[NBDServerProtocol] = set()
-        self._ports: list[OwnerPort] = []
+        self._ports: list[SpanPort] = []
         self._readers = DiskReaders(reactor)
 
     def adopt(self, sock: socket.socket, export: IExport) -> Deferred[None]:
@@ -47,7 +47,7 @@ class NBDServer:
         return execute(self._listen, path, exports)
 
     def _listen(self, path: str, exports: Sequence[IExport]) -> IListeningPort:
-        port = OwnerPort(path, _Clients(self, exports), self._reactor)
+        port = SpanPort(path, _Clients(self, exports), self._reactor)
         port.startListening()
         self._ports.append(port)
         return port

@@ -78,7 +78,12 @@ class Journal:
     log = Logger()
 
     def claim(
-        self, mountpoint: str, image: str, options: Mapping[str, str | bool] | None = None
+        self,
+        mountpoint: str,
+        image: str,
+        options: Mapping[str, str | bool] | None = None,
+        *,
+        service: bool = False,
     ) -> MountState:
         """Begin a mount: its directory, locked, with a record that says 'starting'.
 
@@ -109,11 +114,14 @@ class Journal:
             pid=os.getpid(),
             pid_started=started,
             options=dict(options or {}),
+            service=service,
         )
-        if before is not None and before.backend:
+        if before is not None:
             # What it tells of may be there yet.
-            names = ("pid", "pid_started", "status", "reason")
-            record = attrs.evolve(before, **{name: getattr(record, name) for name in names})
+            names = ("pid", "pid_started", "status", "reason", "service")
+            if before.backend:
+                record = attrs.evolve(before, **{name: getattr(record, name) for name in names})
+            record = attrs.evolve(record, made=before.made)
         state = MountState(path, lock, record, before)
         state.update()
         return state

@@ -16,8 +16,9 @@ from twisted.internet.threads import deferToThread
 from twisted.trial.unittest import TestCase
 
 from erofs_twisted.nbd import server as module
-from erofs_twisted.nbd.errors import SocketInUse, WireError
+from erofs_twisted.nbd.errors import WireError
 from erofs_twisted.nbd.server import NBDServer
+from erofs_twisted.ownerport import SocketInUse
 from tests.exports import BytesExport, FileExport, SlowExport
 from tests.nbd_client import Reply, read, simple_replies
 

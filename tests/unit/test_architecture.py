@@ -129,6 +129,7 @@ FLOORS: dict[int, list[str]] = {
         "device.fuse",
         "syscalls",
         "files",
+        "ownerport",
         "pool",
         "device.netlink",
         "device.driver",
@@ -152,22 +153,27 @@ FLOORS: dict[int, list[str]] = {
         "waiting",
     ],
     3: ["image"],
-    4: [
+    4: ["devices", "control", "control.errors", "control.client", "control.server", "recentlines"],
+    5: ["mounting"],
+    6: ["mounts"],
+    7: [
         "service",
+        "mountsservice",
         "cachekeeping",
         "reattaching",
         "recording",
         "tracereport",
         "inspection",
+        "listing",
         "messages",
         "serving",
         "unmounting",
     ],
-    5: ["tap", "cli"],
+    8: ["tap", "cli"],
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 ROOTS = {"", "errors", "interfaces"}
-CORRIDOR = {"syscalls", "pool", "files"}
+CORRIDOR = {"syscalls", "pool", "files", "ownerport"}
 """Of floor 1, and open to all of its rooms."""
 NO_IO = {"twisted", "treq", "socket", "os", "time", "threading", "subprocess", "asyncio", "select"}
 

@@ -1,0 +1,98 @@
+"""The devices of a daemon: one for each layer, however often that is mounted."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Hashable
+from typing import Any
+from weakref import WeakValueDictionary
+
+import attrs
+from twisted.internet.defer import DeferredLock
+from twisted.internet.task import deferLater
+from twisted.logger import Logger
+
+from erofs_twisted.image import OpenImage
+from erofs_twisted.interfaces import IBlockDevice
+from erofs_twisted.pool import SystemCallPool
+
+HELD_RETRY = 1.0
+"""Seconds between two looks at whether a device is still in use."""
+
+
+@attrs.define(eq=False)
+class Served:
+    """A layer as a device, with all that is behind it. ``identifier`` is what it says of its server; ``end``
+    takes all of it back."""
+
+    image: OpenImage
+    device: IBlockDevice
+    backend: str
+    identifier: str
+    end: Callable[[], Awaitable[None]]
+    users: int = 0
+
+    def abandon(self) -> None:
+        """Fail the reads of its only user; nothing where there are others."""
+        if self.users <= 1:
+            _ = self.image.abandon()
+
+
+class Devices:
+    """Counts who uses what is served."""
+
+    log = Logger()
+
+    def __init__(self, reactor: Any) -> None:
+        self._reactor = reactor
+        self.pool = SystemCallPool(reactor)
+        """Threads for what is shared."""
+        self._served: list[tuple[Hashable, Served]] = []
+        self._locks: WeakValueDictionary[Hashable, DeferredLock] = WeakValueDictionary()
+
+    async def close(self) -> None:
+        """When all is given back."""
+        await self.pool.stop()
+
+    def find(self, kind: Hashable, path: str = "") -> Served | None:
+        """What is served of that kind; where a device's path is named, on that device only."""
+        for of_kind, served in self._served:
+            if of_kind == kind and path in ("", served.device.path) and not served.device.lost.called:
+                return served
+        return None
+
+    def on(self, path: str) -> Served | None:
+        """What is served on a device."""
+        return next((served for _, served in self._served if served.device.path == path), None)
+
+    async def take(self, kind: Hashable, path: str, make: Callable[[], Awaitable[Served]]) -> Served:
+        """As `find`; where there is nothing, what ``make`` makes. `give_back` it.
+
+        One of a kind is made at a time: who wants the same takes it then.
+        """
+        lock = self._locks.setdefault(kind, DeferredLock())
+        await lock.acquire()
+        try:
+            served = self.find(kind, path)
+            if served is None:
+                served = await make()
+                self._served.append((kind, served))
+            served.users += 1
+            return served
+        finally:
+            lock.release()
+
+    async def give_back(self, served: Served) -> None:
+        """One user less. After the last it ends, as soon as nothing holds the device: open files read it
+        after a lazy unmount, and so do mounts in other namespaces."""
+        served.users -= 1
+        said = False
+        while not served.users and not served.device.lost.called and await served.device.is_held():
+            if not said:
+                path = served.device.path
+                self.log.warn("{device} is still in use; serving it until that ends", device=path)
+                said = True
+            await deferLater(self._reactor, HELD_RETRY)
+        if served.users:
+            return
+        self._served = [(kind, each) for kind, each in self._served if each is not served]
+        await served.end()

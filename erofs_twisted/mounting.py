@@ -1,0 +1,344 @@
+"""One mount: it starts, serves until it is unmounted or told to end, and takes everything back."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Hashable, Mapping
+from contextlib import AsyncExitStack
+from typing import Any, TypeVar
+
+import attrs
+from twisted.internet.defer import CancelledError, Deferred, DeferredQueue
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+
+from erofs_twisted.device.connector import choose_connector
+from erofs_twisted.device.fuse import FuseConnector
+from erofs_twisted.device.nbd import NetlinkConnector
+from erofs_twisted.devices import Devices, Served
+from erofs_twisted.errors import ErofsTwistedError, MountError
+from erofs_twisted.image import FoundImage, find_image
+from erofs_twisted.interfaces import IDeviceConnector
+from erofs_twisted.leftovers import plan_for
+from erofs_twisted.mount.mountpoint import Busy, Mountpoint
+from erofs_twisted.mount.watch import MountWatch
+from erofs_twisted.nbd.server import NBDServer
+from erofs_twisted.options import ImageConfig, MountConfig
+from erofs_twisted.pool import SystemCallPool
+from erofs_twisted.registry.digest import Digest
+from erofs_twisted.registry.reference import ImageReference
+from erofs_twisted.state.journal import Journal, MountState, boot_id
+from erofs_twisted.state.records import MountRecord, Status, record_name
+from erofs_twisted.state.takeover import AFRESH, Plan, Step
+
+BUSY_RETRY = 1.0
+"""Seconds between two attempts to unmount what is in use."""
+
+NOTHING: Mapping[str, Any] = {"backend": "", "identifier": "", "device": "", "size": 0, "mount_id": 0}
+"""What is on record of a device and a mount where there are none."""
+
+Result = TypeVar("Result")
+
+
+class Event(enum.Enum):
+    """What may happen to a mount that serves."""
+
+    UNMOUNTED = enum.auto()
+    DEVICE_LOST = enum.auto()
+    STOP = enum.auto()
+    RETRY = enum.auto()
+
+
+class Stopped(Exception):
+    """Told to stop while starting: no failure."""
+
+
+class Mount:
+    """One mount of what ``config`` says, on one of a daemon's ``devices``; ``service`` says whether other
+    mounts may be that daemon's, too. `live` is called once."""
+
+    log = Logger()
+
+    def __init__(self, reactor: Any, config: MountConfig, devices: Devices, *, service: bool = False) -> None:
+        self.config = config
+        self.ready: Deferred[None] = Deferred()
+        """Fires when it can be used; never, where it ends before."""
+        self.served: Served | None = None
+        """What it is mounted from, while it is."""
+        self._reactor = reactor
+        self._devices = devices
+        self._service = service
+        self._events: DeferredQueue[Event] = DeferredQueue()
+        self._give_up: Callable[[], object] | None = None
+        self._stop_wishes = 0
+        self._state: MountState | None = None
+        self._mountpoint: Mountpoint | None = None
+        """What is mounted."""
+        self._leaves = False
+        """Does what was there before stay when this ends now?"""
+
+    @property
+    def record(self) -> MountRecord | None:
+        """How far it has come; None where it has not begun."""
+        return None if self._state is None else self._state.record
+
+    async def unmount(self, lazy: bool) -> None:
+        """Unmount it, and let it end then. Raises `Busy`, and goes on."""
+        if self._mountpoint is None:
+            self.request_stop()
+        else:
+            await self._mountpoint.unmount(lazy=lazy)
+
+    def request_stop(self) -> None:
+        """End in good order. A second request unmounts lazily what is still in use."""
+        self._stop_wishes += 1
+        give_up, self._give_up = self._give_up, None
+        if give_up is not None:
+            give_up()
+        self._events.put(Event.STOP)
+
+    async def live(self) -> str | None:
+        """From the first step to the last one; then why it failed, or None where its end was asked for."""
+        config = self.config
+        failure: str | None = None
+        state = None
+        try:
+            journal = Journal(config.state_dir)
+            state = journal.claim(
+                config.mountpoint, str(config.image.reference), config.typed, service=self._service
+            )
+            self._state = state
+            async with AsyncExitStack() as undo:
+                mountpoint, served = await self._start(undo, state)
+                self.ready.callback(None)
+                await self._serve(mountpoint, served, state)
+        except Stopped:
+            self.log.info("stopped before {path} was mounted", path=config.mountpoint)
+            if self._leaves:
+                failure = "stopped before it was taken over; its mount waits for a daemon"
+        except ErofsTwistedError as error:
+            failure = str(error)
+            self.log.critical("{path}: {reason}", path=config.mountpoint, reason=failure)
+        except Exception as error:  # noqa: BLE001 - a bug must not leave the mount neither dead nor alive
+            failure = f"unexpected {type(error).__name__}: {error}"
+            self.log.failure("a bug: please report it")
+        if state is not None:
+            state.release(failure)
+        return failure
+
+    async def _start(self, undo: AsyncExitStack, state: MountState) -> tuple[Mountpoint, Served]:
+        """Each step leaves in ``undo`` what takes it back."""
+        reactor, config = self._reactor, self.config
+        began = reactor.seconds()
+        pool = SystemCallPool(reactor)
+        undo.push_async_callback(pool.stop)
+        mountpoint = Mountpoint(reactor, pool, config.mountpoint)
+        nbd = NetlinkConnector(reactor, self._devices.pool, config.nbd)
+        plan = await self._look(state, nbd, mountpoint)
+        self._leaves = plan.adopts
+        await self._clear(plan, state, nbd, mountpoint)
+        undo.push_async_callback(self._remove_directory, mountpoint, state)
+        keeps = Step.KEEP in plan.steps
+        if not keeps:
+            if config.mkdir and await mountpoint.is_missing():
+                state.update(made=True)
+            await mountpoint.check(make=config.mkdir)
+        mountpoint.adopt(plan.mount_id, state.record.made)
+        fuse = FuseConnector(reactor, self._devices.pool, str(state.path))
+        connector = nbd if plan.adopts else await choose_connector(config.attach, [nbd, fuse])
+        served = await self._unless_stopped(Deferred.fromCoroutine(self._take_device(plan, connector, state)))
+        self._leaves = False
+        self.served = served
+        undo.push_async_callback(self._give_back, served, state)
+        if not keeps:
+            self._raise_if_stopped()
+            await self._mount(mountpoint, served)
+        undo.push_async_callback(mountpoint.unmount, lazy=True)
+        self._mountpoint = mountpoint
+        _ = served.device.lost.addCallback(lambda _: self._events.put(Event.DEVICE_LOST))
+        watch = MountWatch(reactor)
+        undo.callback(watch.close)
+        _ = watch.gone(mountpoint.path).addCallback(lambda _: self._events.put(Event.UNMOUNTED))
+        if keeps and await mountpoint.there() is None:
+            self._events.put(Event.UNMOUNTED)
+        state.update(status=Status.READY, mount_id=mountpoint.mount_id)
+        self.log.info(
+            "{what} {image} ({digest}) on {path} through {device} in {seconds:.2f} s",
+            what="took over" if plan.adopts else "mounted",
+            image=str(config.image.reference),
+            digest=state.record.digest,
+            path=config.mountpoint,
+            device=served.device.path,
+            seconds=reactor.seconds() - began,
+        )
+        return mountpoint, served
+
+    async def _look(self, state: MountState, nbd: IDeviceConnector, mountpoint: Mountpoint) -> Plan:
+        """What is to be done about what a daemon that was killed has left. Raises `MountError`."""
+        record, config = state.before, self.config
+        if record is None:
+            return AFRESH
+        plan = await plan_for(record, nbd, mountpoint)
+        if plan.adopts and record.image != str(config.image.reference):
+            raise MountError(
+                f"--mountpoint {config.mountpoint}: {record.image} is there, and waits for a daemon; give "
+                f"that as --image, or end it with 'erofs-nbd umount {config.mountpoint}'"
+            )
+        return plan
+
+    async def _clear(
+        self, plan: Plan, state: MountState, nbd: NetlinkConnector, mountpoint: Mountpoint
+    ) -> None:
+        """Take away what is of no use."""
+        assert state.before is not None or plan is AFRESH
+        for step in plan.steps:
+            if state.before is not None:
+                self.log.info("{step}", step=step.told(state.before, plan.device))
+            if step is Step.UNMOUNT:
+                await mountpoint.unmount(lazy=True)
+            elif step is Step.DISCONNECT and self._devices.on(plan.device) is None:
+                await nbd.disconnect(plan.device)
+        if not plan.adopts:
+            config = self.config
+            state.update(image=str(config.image.reference), options=config.typed, boot=boot_id(), **NOTHING)
+
+    async def _take_device(self, plan: Plan, connector: IDeviceConnector, state: MountState) -> Served:
+        """The image's layer as a device, on record before it is there: it is found by that."""
+        reactor, config = self._reactor, self.config
+        pinned = _pinned(config.image, state) if plan.adopts else config.image
+        found = await find_image(reactor, self._devices.pool, pinned)
+        try:
+            if plan.adopts and found.layer.digest != state.record.layer:
+                raise MountError(f"{state.record.image} is not what {plan.device} was made for any more")
+
+            async def make() -> Served:
+                return await self._make(found, plan, connector, state)
+
+            served = await self._devices.take(_kind(connector, found, config), plan.device, make)
+        finally:
+            await found.close()
+        state.update(
+            backend=served.backend,
+            identifier=served.identifier,
+            size=served.image.export.size,
+            digest=found.resolved.digest,
+            layer=found.layer.digest,
+            device=served.device.path,
+            mount_id=plan.mount_id,
+        )
+        return served
+
+    async def _make(
+        self, found: FoundImage, plan: Plan, connector: IDeviceConnector, state: MountState
+    ) -> Served:
+        """A new device, or the one that waits for a server. A failure leaves the one as it was, and none of
+        the other."""
+        undo = AsyncExitStack()
+        try:
+            image = await found.open()
+            undo.push_async_callback(image.close)
+            server = NBDServer(self._reactor)
+            undo.push_async_callback(server.stop)
+            if plan.adopts:
+                identifier = state.record.identifier
+                if image.export.size != state.record.size:
+                    raise MountError(f"{state.record.image} is not what {plan.device} was made for any more")
+                device = await connector.adopt(plan.device, image.export, server, identifier)
+                undo.push_async_callback(device.detach)
+                self._checking = Deferred.fromCoroutine(image.check()).addErrback(self._not_checked)
+            else:
+                identifier = self.config.nbd.backend_identifier or (
+                    f"{image.export.description} {record_name(self.config.mountpoint)}"
+                )
+                state.update(
+                    backend=connector.name,
+                    identifier=identifier,
+                    size=image.export.size,
+                    digest=found.resolved.digest,
+                    layer=found.layer.digest,
+                )
+                device = await connector.attach(image.export, server, identifier)
+                undo.push_async_callback(device.detach)
+                state.update(device=device.path)
+                await image.check()
+        except BaseException:
+            await undo.aclose()
+            raise
+        return Served(image, device, connector.name, identifier, undo.aclose)
+
+    def _not_checked(self, failure: Failure) -> None:
+        failure.trap(ErofsTwistedError, CancelledError)
+        self.log.warn("the rest of the image is not fetched: {reason}", reason=failure.getErrorMessage())
+
+    async def _give_back(self, served: Served, state: MountState) -> None:
+        self.served = None
+        await self._devices.give_back(served)
+        state.update(**NOTHING)
+
+    async def _remove_directory(self, mountpoint: Mountpoint, state: MountState) -> None:
+        if self._leaves:
+            return
+        await mountpoint.remove_if_made()
+        if state.record.made:
+            state.update(made=False)
+
+    async def _mount(self, mountpoint: Mountpoint, served: Served) -> None:
+        # mount(2) cannot be cancelled, but it reads the device.
+        self._give_up = served.abandon
+        try:
+            await mountpoint.mount(served.device.path, "erofs", self.config.options)
+        except ErofsTwistedError:
+            self._raise_if_stopped()
+            raise
+        finally:
+            self._give_up = None
+
+    async def _serve(self, mountpoint: Mountpoint, served: Served, state: MountState) -> None:
+        """Until the image is unmounted, by us or by somebody else."""
+        while (event := await self._events.get()) is not Event.UNMOUNTED:
+            if event is Event.DEVICE_LOST:
+                path = served.device.path
+                raise MountError(f"{path} was disconnected by somebody else; reads of the mount fail")
+            lazily = self.config.on_stop == "lazy" or self._stop_wishes > 1
+            try:
+                await mountpoint.unmount(lazy=lazily)
+            except Busy as busy:
+                if event is Event.STOP:
+                    state.update(status=Status.STOPPING, reason=str(busy))
+                    self.log.warn(
+                        "{busy}; unmounting when they let go, or lazily when told to stop again", busy=busy
+                    )
+                self._reactor.callLater(BUSY_RETRY, self._events.put, Event.RETRY)
+
+    async def _unless_stopped(self, work: Deferred[Result]) -> Result:
+        """Await what may be cancelled by a request to stop."""
+        self._raise_if_stopped()
+        self._give_up = work.cancel
+        try:
+            return await work
+        except CancelledError:
+            raise Stopped from None
+        finally:
+            self._give_up = None
+
+    def _raise_if_stopped(self) -> None:
+        if self._stop_wishes:
+            raise Stopped
+
+
+def _kind(connector: IDeviceConnector, found: FoundImage, config: MountConfig) -> Hashable:
+    """Mounts of the same kind may share a device."""
+    image = config.image
+    if connector.name != "nbd":
+        return object()  # what is behind it lies in the mount's own directory
+    fetching = (str(image.cache_dir), image.trace, image.fill, image.fill_rate)
+    return (found.layer.digest, config.nbd, *fetching)
+
+
+def _pinned(config: ImageConfig, state: MountState) -> ImageConfig:
+    """The image that was mounted, whatever its tag stands for by now."""
+    if not isinstance(config.reference, ImageReference):
+        return config
+    return attrs.evolve(
+        config, reference=attrs.evolve(config.reference, digest=Digest.parse(state.record.digest))
+    )

@@ -1,0 +1,294 @@
+"""All the mounts of a daemon that has as many as are asked for."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import attrs
+from twisted.internet.defer import Deferred
+from twisted.internet.task import deferLater
+from twisted.logger import Logger
+from zope.interface import implementer
+
+from erofs_twisted import __version__
+from erofs_twisted.control.errors import CallError, MountedOtherwise, NoSuchMount
+from erofs_twisted.devices import Devices
+from erofs_twisted.errors import ErofsTwistedError, MountError
+from erofs_twisted.interfaces import IMounts
+from erofs_twisted.mounting import Mount
+from erofs_twisted.options import OPTIONS, MountConfig, read_mount_config
+from erofs_twisted.recentlines import RecentLines
+from erofs_twisted.state.journal import Journal, daemon_runs
+from erofs_twisted.state.records import MountRecord, Status
+from erofs_twisted.syscalls import in_thread
+
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
+"""Seconds between two attempts to have a mount again that an earlier daemon had."""
+
+Options = Mapping[str, str | bool]
+
+
+@attrs.define(eq=False)
+class _Running:
+    """A mount, and those who wait for it."""
+
+    mount: Mount
+    settled: list[Deferred[None]] = attrs.field(factory=list)
+    ended: list[Deferred[None]] = attrs.field(factory=list)
+    is_settled: bool = False
+    failure: str | None = None
+
+    def when_settled(self) -> Deferred[None]:
+        """Fires when the mount can be used, or has ended."""
+        waiter: Deferred[None] = Deferred()
+        if self.is_settled:
+            waiter.callback(None)
+        else:
+            self.settled.append(waiter)
+        return waiter
+
+    def when_ended(self) -> Deferred[None]:
+        waiter: Deferred[None] = Deferred()
+        self.ended.append(waiter)
+        return waiter
+
+    def settle(self) -> None:
+        self.is_settled = True
+        waiting, self.settled = self.settled, []
+        for waiter in waiting:
+            waiter.callback(None)
+
+    def end(self, failure: str | None) -> None:
+        self.failure = failure
+        self.settle()
+        waiting, self.ended = self.ended, []
+        for waiter in waiting:
+            waiter.callback(None)
+
+
+@implementer(IMounts)
+class Mounts:
+    """``defaults`` are options for all mounts, as they were typed. `restore` what is on record, and in the
+    end `close`."""
+
+    log = Logger()
+
+    def __init__(self, reactor: Any, defaults: Options, state_dir: Path, lines: RecentLines) -> None:
+        self._reactor = reactor
+        self._defaults = {**defaults, "state-dir": str(state_dir)}
+        self._state_dir = state_dir
+        self._lines = lines
+        self._devices = Devices(reactor)
+        self._running: dict[str, _Running] = {}
+        self._restoring: dict[str, Deferred[None]] = {}
+        self._began = reactor.seconds()
+        self._is_closing = False
+
+    def status(self) -> Any:
+        """As `IMounts.status`."""
+        memory = next(
+            int(line.split()[1]) * 1024
+            for line in Path("/proc/self/status").read_text().splitlines()
+            if line.startswith("VmRSS:")
+        )
+        devices = {each.mount.served.device.path for each in self._running.values() if each.mount.served}
+        return {
+            "version": __version__,
+            "pid": os.getpid(),
+            "seconds": round(self._reactor.seconds() - self._began, 1),
+            "mounts": len(self._running),
+            "devices": len(devices),
+            "memory": memory,
+            "open_files": len(os.listdir("/proc/self/fd")),
+        }
+
+    def log_lines(self, mountpoint: str, after: int) -> Any:
+        """As `IMounts.log_lines`."""
+        words: tuple[str, ...] = ()
+        if mountpoint:
+            record = self._find(mountpoint).mount.record
+            words = (mountpoint, *(() if record is None or not record.layer else (record.layer,)))
+        number, lines = self._lines.after(after, words)
+        return {"next": number, "lines": lines}
+
+    def mounts(self) -> Any:
+        """As `IMounts.mounts`."""
+        return [self._told(path, running) for path, running in sorted(self._running.items())]
+
+    def one(self, mountpoint: str) -> Any:
+        """As `IMounts.one`."""
+        return self._told(mountpoint, self._find(mountpoint))
+
+    def mount(self, mountpoint: str, options: Options) -> Deferred[tuple[bool, Any]]:
+        """As `IMounts.mount`."""
+        return Deferred.fromCoroutine(self._mount(mountpoint, options))
+
+    def unmount(self, mountpoint: str, lazy: bool) -> Deferred[None]:
+        """As `IMounts.unmount`."""
+        return Deferred.fromCoroutine(self._unmount(mountpoint, lazy))
+
+    def prefetch(self, mountpoint: str) -> Deferred[None]:
+        """As `IMounts.prefetch`."""
+        return Deferred.fromCoroutine(self._prefetch(mountpoint))
+
+    def restore(self) -> int:
+        """Have the mounts again that an earlier daemon like this had; how many those are.
+
+        One that cannot be had now is tried again, until it is there or unmounted: its registry may be down
+        as this host starts. It does not keep the others from coming up.
+        """
+        found = [
+            record
+            for record in Journal(self._state_dir).records()
+            if record.service and not daemon_runs(record)
+        ]
+        for record in found:
+            self._restoring[record.mountpoint] = Deferred.fromCoroutine(self._restore(record))
+        return len(found)
+
+    async def close(self) -> None:
+        """End all mounts; a second call unmounts lazily what is still in use."""
+        self._is_closing = True
+        for restoring in list(self._restoring.values()):
+            restoring.cancel()
+        ends = [running.when_ended() for running in self._running.values()]
+        for running in list(self._running.values()):
+            running.mount.request_stop()
+        for end in ends:
+            await end
+
+    async def stop(self) -> None:
+        """When all has ended: the last threads."""
+        await self._devices.close()
+
+    async def _mount(self, mountpoint: str, options: Options) -> tuple[bool, Any]:
+        config = await self._read(mountpoint, options)
+        while (running := self._running.get(config.mountpoint)) is not None:
+            record = running.mount.record
+            if record is not None and record.status is Status.STOPPING:
+                await running.when_ended()
+                continue
+            _refuse_another(running.mount.config, config)
+            await running.when_settled()
+            if running.failure is not None:
+                raise MountError(running.failure)
+            return False, self._told(config.mountpoint, running)
+        running = self._begin(config)
+        await running.when_settled()
+        if running.failure is not None:
+            raise MountError(running.failure)
+        return True, self._told(config.mountpoint, running)
+
+    async def _read(self, mountpoint: str, options: Options) -> MountConfig:
+        if not os.path.isabs(mountpoint):
+            raise CallError(f"the mount point {mountpoint!r} is not an absolute path")
+        unknown = options.keys() - OPTIONS.keys() - {"password"}
+        if unknown:
+            raise CallError(f"there is no option {min(unknown)!r}")
+        if self._is_closing:
+            raise MountError("the daemon is about to end")
+        values = {**self._defaults, **options, "mountpoint": mountpoint, "state-dir": str(self._state_dir)}
+        # The path may lead through a mount of our own, which this thread serves.
+        return await in_thread(self._reactor, self._devices.pool, read_mount_config, values)
+
+    def _begin(self, config: MountConfig) -> _Running:
+        mount = Mount(self._reactor, config, self._devices, service=True)
+        running = self._running[config.mountpoint] = _Running(mount)
+        _ = mount.ready.addCallback(lambda _: running.settle())
+        life = Deferred.fromCoroutine(mount.live())
+        _ = life.addCallback(partial(self._ended, config.mountpoint, running))
+        return running
+
+    def _ended(self, path: str, running: _Running, failure: str | None) -> None:
+        if self._running.get(path) is running:
+            del self._running[path]
+        if failure is not None and running.mount.record is not None and path not in self._restoring:
+            # Who asked for it is told, so it need not be on record.
+            Journal(self._state_dir).forget(path)
+        running.end(failure)
+
+    async def _unmount(self, mountpoint: str, lazy: bool) -> None:
+        restoring = self._restoring.pop(mountpoint, None)
+        if restoring is not None and mountpoint not in self._running:
+            restoring.cancel()
+            Journal(self._state_dir).forget(mountpoint)
+            return
+        running = self._find(mountpoint)
+        ended = running.when_ended()
+        await running.mount.unmount(lazy)
+        if not lazy:
+            await ended
+
+    async def _prefetch(self, mountpoint: str) -> None:
+        served = self._find(mountpoint).mount.served
+        if served is None:
+            raise MountError(f"{mountpoint} is not mounted yet")
+        await served.image.fetch_all()
+
+    async def _restore(self, record: MountRecord) -> None:
+        pause = FIRST_PAUSE
+        while True:
+            try:
+                options = {name: value for name, value in record.options.items() if name != "mountpoint"}
+                await self._mount(record.mountpoint, options)
+                break
+            except ErofsTwistedError as error:
+                self.log.warn(
+                    "{path} is not there yet; trying again in {pause:.0f} s: {reason}",
+                    path=record.mountpoint,
+                    pause=pause,
+                    reason=str(error),
+                )
+            await deferLater(self._reactor, pause)
+            pause = min(2 * pause, LONGEST_PAUSE)
+        self._restoring.pop(record.mountpoint, None)
+
+    def _find(self, mountpoint: str) -> _Running:
+        running = self._running.get(mountpoint)
+        if running is None:
+            raise NoSuchMount(f"{mountpoint} is no mount of this daemon's")
+        return running
+
+    def _told(self, path: str, running: _Running) -> dict[str, Any]:
+        record, served = running.mount.record, running.mount.served
+        if record is None:
+            return {"mountpoint": path, "status": Status.STARTING}
+        told = {
+            name: getattr(record, name)
+            for name in (
+                "mountpoint",
+                "image",
+                "status",
+                "reason",
+                "digest",
+                "layer",
+                "backend",
+                "device",
+                "size",
+            )
+        }
+        told["missing"] = None if served is None else served.image.missing
+        return told
+
+
+def _refuse_another(there: MountConfig, asked: MountConfig) -> None:
+    """The same again is the same mount. Raises `MountedOtherwise`."""
+    if there.image.reference != asked.image.reference:
+        raise MountedOtherwise(
+            f"{there.image.reference} is mounted on {there.mountpoint}: unmount that first "
+            f"(erofs-nbd umount {there.mountpoint}), or take another directory"
+        )
+    different = sorted(
+        name
+        for name in there.typed.keys() | asked.typed.keys()
+        if there.typed.get(name) != asked.typed.get(name)
+    )
+    if different:
+        raise MountedOtherwise(
+            f"{there.image.reference} is mounted on {there.mountpoint} with another --{different[0]}: "
+            f"unmount that first (erofs-nbd umount {there.mountpoint})"
+        )
