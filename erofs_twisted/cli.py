@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from typing import Any, NoReturn, TypeVar
 
 import click
@@ -180,17 +181,18 @@ def status(mountpoint: str | None, state_dir: str | None) -> None:
 @click.option("-f", "--follow", is_flag=True, help="go on with what is logged from now on, until Ctrl-C")
 @takes("state-dir")
 def logs(mountpoint: str | None, follow: bool, state_dir: str | None) -> None:
-    """Print the last lines of the log of the daemon that listens in --state-dir, or those about MOUNTPOINT."""
+    """Print the last lines that the daemon that listens in --state-dir has logged: all, or of MOUNTPOINT."""
     daemon, path = _daemon(state_dir), "" if mountpoint is None else os.path.realpath(mountpoint)
     after = 0
-    while True:
-        said = daemon.log(path, after)
-        for line in said["lines"]:
-            click.echo(line)
-        if not follow:
-            return
-        after = said["next"]
-        time.sleep(FOLLOW)
+    with suppress(KeyboardInterrupt):
+        while True:
+            said = daemon.log(path, after)
+            for line in said["lines"]:
+                click.echo(line)
+            if not follow:
+                return
+            after = said["next"]
+            time.sleep(FOLLOW)
 
 
 @commands.command()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import attrs
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.task import deferLater
 from twisted.logger import Logger
 from zope.interface import implementer
@@ -147,7 +147,10 @@ class Mounts:
             if record.service and not daemon_runs(record)
         ]
         for record in found:
-            self._restoring[record.mountpoint] = Deferred.fromCoroutine(self._restore(record))
+            restoring = Deferred.fromCoroutine(self._restore(record))
+            self._restoring[record.mountpoint] = restoring.addErrback(
+                lambda failure: failure.trap(CancelledError)
+            )
         return len(found)
 
     async def close(self) -> None:

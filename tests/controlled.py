@@ -1,0 +1,122 @@
+"""One ``twistd erofs-nbd`` that mounts what it is asked for, with a directory of its own."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from tests.daemon import BIN, PATIENCE, run, until
+
+
+class _Connection(http.client.HTTPConnection):
+    def __init__(self, path: Path) -> None:
+        super().__init__("localhost", timeout=PATIENCE)
+        self._socket = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(str(self._socket))
+
+
+@attrs.define(eq=False)
+class Controlled:
+    """``options`` are those of all its mounts. It runs in the foreground, its log in a file."""
+
+    directory: Path
+    options: tuple[str, ...] = ()
+    environment: Mapping[str, str] = attrs.field(factory=dict)
+    _process: subprocess.Popen[bytes] | None = attrs.field(init=False, default=None)
+
+    @property
+    def state_dir(self) -> Path:
+        return self.directory / "state"
+
+    @property
+    def socket(self) -> Path:
+        return self.state_dir / "control"
+
+    @property
+    def log(self) -> str:
+        path = self.directory / "log"
+        return path.read_text(errors="replace") if path.exists() else ""
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    def start(self) -> None:
+        """Start it, and wait until it listens."""
+        self.directory.mkdir(exist_ok=True)
+        command = [
+            BIN / "twistd", "-n", "--pidfile=", f"--logfile={self.directory / 'log'}", "erofs-nbd",
+            "--state-dir", self.state_dir, "--cache-dir", self.directory / "cache", *self.options,
+        ]  # fmt: skip
+        said = self.log.count("listening on")
+        self._process = subprocess.Popen(
+            command, env={**os.environ, **self.environment}, stdin=subprocess.DEVNULL, cwd=self.directory,
+            stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+        until("the daemon listens", lambda: self._listens(said))
+
+    def _listens(self, said: int) -> bool:
+        assert self._process is not None
+        if self._process.poll() is not None:
+            raise AssertionError(f"it ended with status {self._process.returncode}:\n{self.log}")
+        return self.log.count("listening on") > said
+
+    def mountpoint(self, name: str) -> Path:
+        path = self.directory / name
+        path.mkdir(exist_ok=True)
+        return path
+
+    def erofs_nbd(self, command: str, *words: str | Path, **how: Any) -> subprocess.CompletedProcess[str]:
+        """A command that talks to it."""
+        return run(BIN / "erofs-nbd", command, *words, "--state-dir", self.state_dir, **how)
+
+    def mount(self, image: str, name: str, *options: str) -> Path:
+        """An image that is mounted when this returns."""
+        path = self.mountpoint(name)
+        done = self.erofs_nbd("mount", image, path, *options)
+        if done.returncode != 0:
+            raise AssertionError(f"{done.stderr}\n{self.log}")
+        return path
+
+    def call(self, method: str, where: str, body: bytes | None = None) -> tuple[int, Any]:
+        """A call by hand: status and answer."""
+        connection = _Connection(self.socket)
+        try:
+            connection.request(method, where, body)
+            response = connection.getresponse()
+            return response.status, json.loads(response.read())
+        finally:
+            connection.close()
+
+    def signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def ended(self) -> int:
+        """Its exit status, once it has ended."""
+        assert self._process is not None
+        return self._process.wait(PATIENCE)
+
+    def stop(self) -> int:
+        """Have it unmount all and end."""
+        self.signal(signal.SIGTERM)
+        return self.ended()
+
+    def kill(self) -> None:
+        """Without any chance to do anything, if it still runs."""
+        if self._process is not None and self._process.poll() is None:
+            self.signal(signal.SIGKILL)
+            self._process.wait()

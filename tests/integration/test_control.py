@@ -1,0 +1,267 @@
+"""A daemon with many mounts, by its commands and by its socket."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from urllib.parse import quote
+
+from tests.controlled import Controlled
+from tests.daemon import BIN, DaemonTestCase, run, until
+from tests.scenery import contents, scenery
+
+SHOWN = """
+import socket, sys
+connection = socket.socket(socket.AF_UNIX)
+connection.connect(sys.argv[1])
+connection.sendall(b"GET /v1/status HTTP/1.1\\r\\nHost: x\\r\\nConnection: close\\r\\n\\r\\n")
+print(connection.makefile().read())
+"""
+
+
+class ControlTestCase(DaemonTestCase):
+    attach = "fuse"
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.controlled = Controlled(self.directory / "s", ("--attach", self.attach))
+        self.controlled.start()
+        self.addCleanup(self.controlled.kill)
+
+    def image(self, tag: str) -> str:
+        return self.registry.image("app", tag)
+
+    def assert_all_gone(self) -> None:
+        self.assertEqual(0, self.controlled.stop(), self.controlled.log)
+        self.assertNotIn("Traceback", self.controlled.log)
+        self.assert_nothing_left()
+        self.assertEqual([], list(self.controlled.state_dir.iterdir()))
+
+    def refusal(self, command: str, *words: str | Path) -> str:
+        done = self.controlled.erofs_nbd(command, *words)
+        self.assertEqual((1, ""), (done.returncode, done.stdout), done)
+        self.assertNotIn("Traceback", done.stderr)
+        return " ".join(done.stderr.split())
+
+
+class CommandTests(ControlTestCase):
+    def test_several_images_are_mounted_listed_and_unmounted(self) -> None:
+        one, two = (
+            self.controlled.mount(self.image("lz4"), "one"),
+            self.controlled.mount(self.image("plain"), "two"),
+        )
+        self.assert_same(contents(scenery().tree), contents(one))
+        self.assert_same(contents(scenery().tree), contents(two))
+        listed = json.loads(self.controlled.erofs_nbd("ls", "--json").stdout)
+        self.assertEqual(
+            [(str(one), "ready", self.controlled.pid), (str(two), "ready", self.controlled.pid)],
+            sorted((each["mountpoint"], each["status"], each["pid"]) for each in listed),
+        )
+        table = self.controlled.erofs_nbd("ls").stdout
+        self.assertIn(self.image("lz4"), table)
+        self.assertEqual(0, self.controlled.erofs_nbd("umount", one).returncode)
+        self.assertEqual([], list(one.iterdir()))
+        self.assertIn("no mount", self.refusal("umount", one))
+        self.assertEqual(1, len(json.loads(self.controlled.erofs_nbd("ls", "--json").stdout)))
+        self.assert_all_gone()
+
+    def test_the_same_again_is_no_error_and_another_image_is(self) -> None:
+        one = self.controlled.mount(self.image("lz4"), "one")
+        self.controlled.mount(self.image("lz4"), "one")
+        self.assertIn(f"erofs-nbd umount {one}", self.refusal("mount", self.image("plain"), one))
+        self.assertIn("--fill", self.refusal("mount", self.image("lz4"), one, "--fill", "off"))
+        self.assert_all_gone()
+
+    def test_what_cannot_be_mounted_is_said_and_not_on_record(self) -> None:
+        one = self.controlled.mountpoint("one")
+        self.assertIn("not EROFS", self.refusal("mount", self.image("tar"), one))
+        self.assertIn(
+            "404 Not Found", self.refusal("mount", self.image("nothing"), one, "--io-timeout", "2")
+        )
+        self.assertIn("no directory", self.refusal("mount", self.image("lz4"), "/no/where"))
+        self.assertIn("--fill: ", self.refusal("mount", self.image("lz4"), one, "--fill", "maybe"))
+        self.assertEqual("[]", self.controlled.erofs_nbd("ls", "--json").stdout.strip())
+        self.assert_all_gone()
+
+    def test_what_is_in_use_is_named_and_goes_on(self) -> None:
+        one = self.controlled.mount(self.image("lz4"), "one")
+        with (one / "big").open("rb") as file:
+            self.assertIn(f"process {os.getpid()}", self.refusal("umount", one))
+            self.assertEqual(0, self.controlled.erofs_nbd("umount", "--lazy", one).returncode)
+            self.assertEqual([], list(one.iterdir()))
+            self.assertEqual((scenery().tree / "big").read_bytes(), file.read())
+        until(
+            "the last user has gone", lambda: not json.loads(self.controlled.erofs_nbd("ls", "--json").stdout)
+        )
+        self.assert_all_gone()
+
+    def test_umount_of_another_program_ends_it_too(self) -> None:
+        one = self.controlled.mount(self.image("lz4"), "one")
+        run("umount", one, check=True)
+        until("it is forgotten", lambda: not json.loads(self.controlled.erofs_nbd("ls", "--json").stdout))
+        self.assert_all_gone()
+
+    def test_the_daemon_and_its_mounts_say_how_they_are(self) -> None:
+        one = self.controlled.mount(self.image("plain"), "one", "--fill", "off")
+        said = json.loads(self.controlled.erofs_nbd("status").stdout)
+        self.assertEqual((self.controlled.pid, 1), (said["pid"], said["mounts"]))
+        before = json.loads(self.controlled.erofs_nbd("status", one).stdout)
+        self.assertGreater(before["missing"], 0)
+        self.assertEqual(0, self.controlled.erofs_nbd("prefetch", one).returncode)
+        after = json.loads(self.controlled.erofs_nbd("status", one).stdout)
+        self.assertEqual((0, "ready"), (after["missing"], after["status"]))
+        lines = self.controlled.erofs_nbd("logs", one).stdout
+        self.assertIn(f"mounted {self.image('plain')}", lines)
+        self.assertNotIn("listening", lines)
+        self.assertIn("listening", self.controlled.erofs_nbd("logs").stdout)
+        self.assert_all_gone()
+
+    def test_a_log_is_followed(self) -> None:
+        command = [BIN / "erofs-nbd", "logs", "--follow", "--state-dir", self.controlled.state_dir]
+        following = subprocess.Popen(
+            command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"}
+        )
+        assert following.stdout is not None
+        try:
+            for awaited in ("listening", "mounted"):
+                while awaited not in (line := following.stdout.readline()):
+                    self.assertTrue(line)
+                if awaited == "listening":
+                    self.controlled.mount(self.image("lz4"), "one")
+            following.send_signal(signal.SIGINT)
+            self.assertEqual(0, following.wait(10))
+        finally:
+            following.kill()
+            following.stdout.close()
+        self.assert_all_gone()
+
+    def test_where_no_daemon_listens_the_cure_is_said(self) -> None:
+        self.assertEqual(0, self.controlled.stop())
+        self.assertIn("systemctl start erofs-nbd", self.refusal("mount", self.image("lz4"), "/mnt"))
+        self.assertIn("no daemon listens", self.refusal("status"))
+
+    def test_a_second_daemon_on_the_socket_is_refused_and_harms_nobody(self) -> None:
+        other = Controlled(self.directory / "s", ("--attach", self.attach))
+        done = run(
+            BIN / "twistd",
+            "-n",
+            "--pidfile=",
+            "erofs-nbd",
+            "--state-dir",
+            other.state_dir,
+            env=dict(os.environ),
+        )
+        self.assertEqual(1, done.returncode)
+        self.assertIn("another server listens on", done.stdout)
+        self.controlled.mount(self.image("lz4"), "one")
+        self.assert_all_gone()
+
+    def test_options_of_one_mount_are_refused_for_all(self) -> None:
+        done = run(BIN / "twistd", "-n", "--pidfile=", "erofs-nbd", "--username", "alice")
+        self.assertEqual(1, done.returncode)
+        self.assertIn("--username: belongs to one mount", done.stderr)
+
+    def test_told_to_stop_while_in_use_it_waits_and_told_twice_it_does_not(self) -> None:
+        one = self.controlled.mount(self.image("lz4"), "one")
+        with (one / "big").open("rb") as file:
+            self.controlled.signal(signal.SIGTERM)
+            until("it says so", lambda: "is in use by" in self.controlled.log)
+            self.controlled.signal(signal.SIGTERM)
+            until("it is out of the tree", lambda: not list(one.iterdir()))
+            self.assertEqual((scenery().tree / "big").read_bytes(), file.read())
+        self.assertEqual(0, self.controlled.ended())
+        self.assert_nothing_left()
+
+
+class SocketTests(ControlTestCase):
+    def test_calls_that_are_none_are_refused(self) -> None:
+        where = f"/v1/mounts/{quote('/mnt', safe='')}"
+        call = self.controlled.call
+        self.assertEqual(400, call("GET", "/")[0])
+        self.assertEqual(400, call("POST", "/v1/status")[0])
+        self.assertEqual(404, call("GET", where)[0])
+        self.assertEqual(404, call("DELETE", where)[0])
+        self.assertEqual((400, "a whole number"), self.shortened(*call("GET", "/v1/log?after=x"), 14))
+        for body in (b"", b"[", b"[]", b'{"image": 1}', b'{"image": {}}', b"\xff", b"[" * 30_000):
+            status, said = call("PUT", where, body)
+            self.assertEqual(400, status, body)
+            self.assertIn("the body is not", said["error"])
+        status, said = call("PUT", where, b'{"image": "' + b"x" * 70_000 + b'"}')
+        self.assertEqual((400, True), (status, "longer than" in said["error"]))
+        self.assertIn("'colour'", call("PUT", where, b'{"image": "a", "colour": "red"}')[1]["error"])
+        self.assertIn("absolute", call("PUT", "/v1/mounts/mnt", b'{"image": "a"}')[1]["error"])
+        self.assertEqual((200, {"mounts": []}), call("GET", "/v1/mounts"))
+        self.assert_all_gone()
+
+    def shortened(self, status: int, said: dict[str, str], length: int) -> tuple[int, str]:
+        return status, said["error"][-length:]
+
+    def test_nobody_else_may_connect_or_call(self) -> None:
+        mode = stat.S_IMODE(self.controlled.socket.stat().st_mode)
+        self.assertEqual(0o600, mode)
+        self.controlled.socket.chmod(0o666)
+        for directory in (self.controlled.state_dir, self.controlled.directory, self.directory):
+            directory.chmod(0o755)
+        done = run(sys.executable, "-c", SHOWN, self.controlled.socket, user=65534, cwd="/")
+        self.assertIn("403", done.stdout, done)
+        self.assertIn("only root", done.stdout)
+        self.assertNotIn("pid", done.stdout)
+
+    def test_a_caller_that_is_killed_does_not_end_what_it_began(self) -> None:
+        self.registry.set("slow", {"kind": "blobs", "delay": 2.0, "times": 1})
+        one = self.controlled.mountpoint("one")
+        command = [
+            BIN / "erofs-nbd",
+            "mount",
+            self.registry.image("slow"),
+            one,
+            "--state-dir",
+            self.controlled.state_dir,
+        ]
+        caller = subprocess.Popen(command)
+        until("it has begun", lambda: self.controlled.call("GET", "/v1/mounts")[1]["mounts"])
+        caller.kill()
+        caller.wait()
+        self.controlled.mount(self.registry.image("slow"), "one")
+        self.assert_same(contents(scenery().tree), contents(one))
+        self.assert_all_gone()
+
+    def test_one_that_waits_for_its_image_is_called_off(self) -> None:
+        self.registry.set("stalled", {"kind": "blobs", "stall": True})
+        one = self.controlled.mountpoint("one")
+        calling = threading.Thread(
+            target=lambda: said.append(
+                self.controlled.erofs_nbd("mount", self.registry.image("stalled"), one)
+            )
+        )
+        said: list[subprocess.CompletedProcess[str]] = []
+        calling.start()
+        until("it has begun", lambda: self.controlled.call("GET", "/v1/mounts")[1]["mounts"])
+        self.assertEqual(0, self.controlled.erofs_nbd("umount", one).returncode)
+        calling.join(20)
+        self.assertEqual(1, said[0].returncode)
+        self.assert_all_gone()
+
+    def test_a_password_is_passed_on_and_shows_nowhere(self) -> None:
+        self.registry.set("private", user="alice:hush-hush")
+        file = self.directory / "password"
+        file.write_text("hush-hush")
+        options = ("--username", "alice", "--password-file", str(file))
+        self.controlled.mount(self.registry.image("private"), "one", *options)
+        shown = (
+            json.dumps(self.controlled.call("GET", "/v1/mounts")[1])
+            + self.controlled.erofs_nbd("logs").stdout
+        )
+        shown += self.controlled.log + Path(f"/proc/{self.controlled.pid}/cmdline").read_text()
+        shown += "".join(
+            path.read_text(errors="replace") for path in self.controlled.state_dir.rglob("*.json")
+        )
+        self.assertIn("private", shown)
+        self.assertNotIn("hush-hush", shown)
+        self.assert_all_gone()

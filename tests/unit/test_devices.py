@@ -1,0 +1,133 @@
+"""A device for each layer, whoever uses it."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+from twisted.internet.defer import CancelledError, Deferred, succeed
+from twisted.internet.task import Clock
+from twisted.trial.unittest import SynchronousTestCase
+
+from erofs_twisted import devices
+from erofs_twisted.devices import HELD_RETRY, Devices, Served
+from erofs_twisted.errors import MountError
+
+
+class DeviceTests(SynchronousTestCase):
+    def setUp(self) -> None:
+        self.patch(devices, "SystemCallPool", lambda reactor: SimpleNamespace(stop=lambda: succeed(None)))
+        self.clock = Clock()
+        self.devices = Devices(self.clock)
+        self.made: list[str] = []
+        self.ended: list[str] = []
+        self.abandoned: list[str] = []
+        self.held = 0
+        self.waits: Deferred[None] = succeed(None)
+
+    async def make(self) -> Served:
+        path = f"/dev/nbd{len(self.made)}"
+        self.made.append(path)
+        await self.waits
+        image: Any = SimpleNamespace(abandon=lambda: self.abandoned.append(path))
+        device: Any = SimpleNamespace(path=path, lost=Deferred(), is_held=self.is_held)
+
+        async def end() -> None:
+            self.ended.append(path)
+
+        return Served(image, device, "nbd", "me", end)
+
+    def is_held(self) -> Deferred[bool]:
+        self.held -= 1
+        return succeed(self.held >= 0)
+
+    def taking(self, kind: str = "a", path: str = "") -> Deferred[Served]:
+        return Deferred.fromCoroutine(self.devices.take(kind, path, self.make))
+
+    def take(self, kind: str = "a", path: str = "") -> Served:
+        return self.successResultOf(self.taking(kind, path))
+
+    def give_back(self, served: Served) -> Deferred[None]:
+        return Deferred.fromCoroutine(self.devices.give_back(served))
+
+    def test_the_same_kind_is_made_once(self) -> None:
+        self.assertIs(self.take(), self.take())
+        self.assertIsNot(self.take(), self.take("b"))
+        self.assertEqual(2, len(self.made))
+
+    def test_who_comes_while_it_is_made_waits_for_it(self) -> None:
+        self.waits = Deferred()
+        first, second, other = self.taking(), self.taking(), self.taking("b")
+        self.assertEqual(2, len(self.made), "of another kind it waits for none")
+        self.waits.callback(None)
+        self.assertIs(self.successResultOf(first), self.successResultOf(second))
+        self.successResultOf(other)
+
+    def test_where_one_cannot_be_made_the_next_tries(self) -> None:
+        waits = self.waits = Deferred()
+        first, second = self.taking(), self.taking()
+        self.waits = succeed(None)
+        waits.errback(MountError("no luck"))
+        self.failureResultOf(first, MountError)
+        self.successResultOf(second)
+
+    def test_one_who_gives_up_waiting_leaves_the_others(self) -> None:
+        self.waits = Deferred()
+        first, second, third = self.taking(), self.taking(), self.taking()
+        second.cancel()
+        self.failureResultOf(second, CancelledError)
+        self.waits.callback(None)
+        self.assertEqual(2, self.successResultOf(third).users)
+        self.successResultOf(first)
+
+    def test_one_that_is_named_is_on_that_device(self) -> None:
+        first = self.take()
+        self.assertIs(first, self.take(path="/dev/nbd0"))
+        self.assertIsNot(first, self.take(path="/dev/nbd7"))
+        self.assertIs(first, self.devices.on("/dev/nbd0"))
+        self.assertIsNone(self.devices.on("/dev/nbd9"))
+
+    def test_one_that_was_lost_is_taken_by_nobody(self) -> None:
+        first = self.take()
+        first.device.lost.callback(None)
+        self.assertIsNot(first, self.take())
+
+    def test_it_ends_with_its_last_user(self) -> None:
+        served = self.take()
+        self.take()
+        self.successResultOf(self.give_back(served))
+        self.assertEqual([], self.ended)
+        self.successResultOf(self.give_back(served))
+        self.assertEqual(["/dev/nbd0"], self.ended)
+        self.assertIsNot(served, self.take())
+
+    def test_and_when_nothing_holds_it_any_more(self) -> None:
+        served = self.take()
+        self.held = 2
+        giving = self.give_back(served)
+        self.clock.advance(HELD_RETRY)
+        self.assertNoResult(giving)
+        self.clock.advance(HELD_RETRY)
+        self.successResultOf(giving)
+        self.assertEqual(["/dev/nbd0"], self.ended)
+
+    def test_while_that_is_waited_for_it_can_be_taken_again(self) -> None:
+        served = self.take()
+        self.held = 2
+        giving = self.give_back(served)
+        self.assertIs(served, self.take())
+        self.clock.advance(HELD_RETRY)
+        self.successResultOf(giving)
+        self.assertEqual([], self.ended)
+        self.held = 0
+        self.successResultOf(self.give_back(served))
+        self.assertEqual(["/dev/nbd0"], self.ended)
+
+    def test_only_its_only_user_abandons_it(self) -> None:
+        served = self.take()
+        self.take()
+        served.abandon()
+        self.assertEqual([], self.abandoned)
+        self.successResultOf(self.give_back(served))
+        served.abandon()
+        self.assertEqual(["/dev/nbd0"], self.abandoned)
