@@ -19,7 +19,13 @@ from erofs_twisted.registry.answers import TEMPORARY
 from erofs_twisted.registry.body import Taker, abandon, discard, receive
 from erofs_twisted.registry.circuit import Turn
 from erofs_twisted.registry.contentrange import check_partial
-from erofs_twisted.registry.errors import BlobUnreadable, NotInRegistry, RegistryError, TransferFailed
+from erofs_twisted.registry.errors import (
+    BlobUnreadable,
+    NotInRegistry,
+    RegistryError,
+    TransferFailed,
+    WrongAnswer,
+)
 from erofs_twisted.registry.location import BlobLocation, Way
 from erofs_twisted.registry.manifest import Descriptor
 from erofs_twisted.registry.retry import Backoff
@@ -32,6 +38,9 @@ MIN_STALL, MAX_STALL = 1.0, 15.0
 
 MAX_DETOURS = 3
 """URLs of a blob, one after the other, that may be refused before that is taken for an answer."""
+
+MAX_MISTAKES = 8
+"""`WrongAnswer`s to a read, without progress between them, before it fails."""
 
 SLICED = 4 << 20
 """The largest blob of which a range is cut out as all of it goes by."""
@@ -51,6 +60,8 @@ class _Transfer:
     """Since the last progress, and apart from those that the circuit has us wait after."""
     detours: int = 0
     """URLs that were refused, though the registry gave them out, one after the other."""
+    mistakes: int = 0
+    """`WrongAnswer`s since the last progress."""
     error: RegistryError | None = None
     """The last failure."""
 
@@ -62,10 +73,17 @@ class _Transfer:
         """The seconds that are left for progress."""
         return self.progress_at + io_timeout - self.clock.seconds()
 
+    def may_pass(self, error: RegistryError) -> bool:
+        """May the same request be answered otherwise?"""
+        if isinstance(error, WrongAnswer):
+            self.mistakes += 1
+            return self.mistakes < MAX_MISTAKES
+        return error.temporary
+
     def take(self, data: bytes) -> bool:
         """Of a body that is the rest of the range."""
         if len(data) > self.end - self.position:
-            raise TransferFailed("the body is longer than its Content-Range")
+            raise WrongAnswer("the body is longer than its Content-Range")
         self.position += len(data)
         self.progress_at = self.clock.seconds()
         self.deliver(data)
@@ -98,9 +116,9 @@ class _Transfer:
 class BlobReader:
     """The blob at ``url`` of a registry.
 
-    A read fails at once where trying again is no use, else when it made no progress for ``io_timeout``
-    seconds. Where the registry redirects to (a CDN's signed URL, usually) is asked again directly, as long as
-    that works.
+    A read fails at once where trying again is no use, soon where answers are not those to what was asked,
+    else when it made no progress for ``io_timeout`` seconds. Where the registry redirects to (a CDN's signed
+    URL, usually) is asked again directly, as long as that works.
     """
 
     _session: Session
@@ -140,7 +158,7 @@ class BlobReader:
                 error = await self._try(transfer, turn)
             finally:
                 turn.leave()
-            if error is not None:
+            if error is not None and not transfer.is_complete:
                 await self._pause(transfer, error)
 
     async def _try(self, transfer: _Transfer, turn: Turn) -> RegistryError | None:
@@ -153,7 +171,7 @@ class BlobReader:
             return None
         except RegistryError as error:
             if transfer.position > before:
-                transfer.failures = 0
+                transfer.failures = transfer.mistakes = 0
             elif self._location.lost(way):
                 # A signed URL may have expired, or its server be down: ask the registry for another. Or the
                 # registry gives out no new one yet, and the old one still serves.
@@ -161,7 +179,7 @@ class BlobReader:
                 is_at_once = way.url is None or not error.temporary
                 if is_at_once and transfer.detours <= MAX_DETOURS:
                     return None
-            if not error.temporary:
+            if not transfer.may_pass(error):
                 turn.answered()
                 raise BlobUnreadable(f"{self._rest(transfer)} cannot be read: {error}") from error
             remaining = transfer.remaining(self._io_timeout)
@@ -220,16 +238,23 @@ class BlobReader:
             self._session, self._url = self._with_tls()
             return
         if answer.response.code not in (200, 206):
-            raise await self._refusal(answer, patience)
+            error = await self._refusal(answer, patience)
+            if error.temporary or not (way.url or answer.redirected):
+                raise error
+            raise WrongAnswer(str(error)) from error
         try:
             take = self._taker(answer.response, transfer)
         except RegistryError as error:
             abandon(answer.response)
-            raise TransferFailed(f"{redacted(answer.url)}: {error}") from error
-        except RangesIgnored:
+            raise WrongAnswer(f"{redacted(answer.url)}: {error}") from error
+        except RangesIgnored as ignored:
             abandon(answer.response)
-            raise
+            if not self._location.gives_ranges(False) or transfer.mistakes + 1 == MAX_MISTAKES:
+                raise
+            raise WrongAnswer(f"{redacted(answer.url)}: the whole blob for a part of it") from ignored
         self._location.found(way, answer.url if answer.redirected else None)
+        if answer.response.code == 206:
+            self._location.gives_ranges(True)
         transfer.detours = 0
         await receive(answer.response, take, transfer.clock, patience)
         if not transfer.is_complete:
