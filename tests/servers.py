@@ -214,7 +214,8 @@ class TokenServer(ThreadServer):
     """Gives out bearer tokens that a `DockerRegistry` with `registry_auth` accepts.
 
     It runs in a thread, so it also answers while a test blocks. Without ``users`` anyone may pull and push.
-    ``lifetime`` is in seconds; `granted` counts the tokens. Who posts the ``identity`` token as an OAuth2
+    ``lifetime`` is in seconds; `granted` counts the tokens, `tokens` are they, and `granted_at` says when, by
+    `time.monotonic`. Who posts the ``identity`` token as an OAuth2
     refresh token gets one too, and another identity token, which is the only one that counts from then on.
     """
 
@@ -222,7 +223,10 @@ class TokenServer(ThreadServer):
     lifetime: int = 60
     answer_key: str = "token"
     identity: str = ""
-    granted: int = attrs.field(init=False, default=0)
+    tokens: list[str] = attrs.field(init=False, factory=list)
+    granted_at: list[float] = attrs.field(init=False, factory=list)
+    identities: list[str] = attrs.field(init=False, factory=list)
+    """The identity tokens that it gave out."""
     refused: int = attrs.field(init=False, default=0)
     directory: Path = attrs.field(init=False)
     _key: Any = attrs.field(init=False)
@@ -231,6 +235,10 @@ class TokenServer(ThreadServer):
     protocol = "HTTP/1.0"
     service = "test-registry"
     issuer = "test-issuer"
+
+    @property
+    def granted(self) -> int:
+        return len(self.tokens)
 
     @property
     def realm(self) -> str:
@@ -291,11 +299,13 @@ class TokenServer(ThreadServer):
             request.send_error(401)
             return
         self.identity = uuid.uuid4().hex
+        self.identities.append(self.identity)
         self._grant(request, form["scope"][0].split(), refresh_token=self.identity)
 
     def _grant(self, request: BaseHTTPRequestHandler, scopes: Sequence[str], **more: str) -> None:
-        self.granted += 1
         token = self._token(scopes, self.lifetime)
+        self.tokens.append(token)
+        self.granted_at.append(time.monotonic())
         body = json.dumps({self.answer_key: token, "expires_in": self.lifetime, **more})
         request.send_response(200)
         request.send_header("Content-Type", "application/json")
@@ -340,14 +350,18 @@ class SignedURLs(ThreadServer):
     """Redirects every request for a blob to a CDN, by a URL that expires: what is before an object store.
 
     The CDN is an `Nginx` with `directives`. The parameter ``name`` of a URL says until when it works: for 1
-    to 2 seconds. It runs in a thread. `given` are the queries of the URLs that it gave out.
+    to 2 seconds. It runs in a thread. `given` are the queries of the URLs that it gave out, `given_at` says
+    when, by `time.monotonic`.
     """
 
     name: str = "Expires"
     given: list[str] = attrs.field(init=False, factory=list)
+    given_at: list[float] = attrs.field(init=False, factory=list)
     cdn: str = attrs.field(init=False, default="")
     """The URL of the CDN; set it before the first request."""
 
+    LET_IN = "auth_request /let-in;"
+    """For `front`: its blobs are for those whom the registry lets in."""
     _SECRET = "swordfish"
 
     def directives(self, root: Path) -> str:
@@ -357,6 +371,16 @@ class SignedURLs(ThreadServer):
             f"root {root}; secure_link $arg_signature,{argument}; "
             f'secure_link_md5 "{argument}$uri {self._SECRET}"; '
             'if ($secure_link = "") { return 401; } if ($secure_link = "0") { return 403; }'
+        )
+
+    def front(self, registry: str, behind: str = "") -> Nginx:
+        """A server that answers as the registry at a URL does, but for blobs, which are ours; ``behind`` are
+        directives for them."""
+        return Nginx(
+            f"location ~ ^/v2/.*/blobs/ {{ {behind} proxy_pass {self.url}; }} "
+            f"location / {{ proxy_pass {registry}; proxy_set_header Host $http_host; }} "
+            f"location = /let-in {{ internal; proxy_pass {registry}/v2/; proxy_set_header Host $http_host; "
+            "proxy_pass_request_body off; }"
         )
 
     def answer(self, request: BaseHTTPRequestHandler) -> None:
@@ -374,4 +398,5 @@ class SignedURLs(ThreadServer):
         signature = base64.urlsafe_b64encode(digest).decode().rstrip("=")
         query = f"{self.name}={expires}&signature={signature}&number={len(self.given)}"
         self.given.append(query)
+        self.given_at.append(time.monotonic())
         return f"{self.cdn}{path}?{query}"

@@ -63,6 +63,10 @@ class WrongAnswer(TransferFailed):
     to: it may be one server among many, or one on the way, that is at fault, and the next answer right."""
 
 
+class Busy(TransferFailed):
+    """The server asks to come back later: it has too much to do, or has had too many requests."""
+
+
 class Unreachable(TransferFailed):
     """No connection came about, so no request was made."""
 

@@ -74,12 +74,7 @@ class SignedURLTests(EnduranceTests):
         blobs = self.layout.directory / "blobs" / "sha256"
         self.cdn = self.enterContext(Nginx(self.urls.directives(blobs)))
         self.urls.cdn = self.cdn.url
-        front = self.enterContext(
-            Nginx(
-                f"location ~ ^/v2/.*/blobs/ {{ proxy_pass {self.urls.url}; }} "
-                f"location / {{ proxy_pass {registry.url}; proxy_set_header Host $http_host; }}"
-            )
-        )
+        front = self.enterContext(self.urls.front(registry.url))
         return await self.open(front.authority)
 
     def used(self) -> int:
