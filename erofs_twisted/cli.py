@@ -34,9 +34,14 @@ REGISTRY_OPTION_NAMES = (
     "username",
     "password-file",
     "auth-file",
+    "hosts-dir",
     "plain-http",
+    "tls-ca",
+    "insecure-skip-verify",
     "oci",
     "io-timeout",
+    "stall-timeout",
+    "verbose",
 )
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -65,11 +70,12 @@ def _image_config(image: str, options: dict[str, Any]) -> ImageConfig:
     values = {name.replace("_", "-"): value for name, value in options.items()}
     conceal_arguments(passwords_on_command_line(values))
     try:
-        return read_image_config(image, values)
+        config = read_image_config(image, values)
     except OptionError as error:
         if error.option == "image":  # here it is an argument
             raise MountError(error.message) from error
         raise
+    return config
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -86,15 +92,19 @@ def commands() -> None:
 @click.option("--json", "as_json", is_flag=True, help="for programs")
 @takes(*REGISTRY_OPTION_NAMES)
 def inspect(image: str, as_json: bool, **options: Any) -> None:
-    """Show what IMAGE is: its digest, its platforms, its layers, and which of them are EROFS."""
-    from erofs_twisted.inspection import as_dict, resolve, show
+    """Show what IMAGE is: its digest, its platforms, its layers, and which of them are EROFS.
+
+    With --verbose also how it is got at: each server that is asked, how one gets in, where the credentials
+    come from, redirects, whether ranges are answered, how soon and how fast.
+    """
+    from erofs_twisted.inspection import as_dict, look_at, show
 
     config = _image_config(image, options)
-    resolved = _run(lambda reactor: resolve(reactor, config))
+    resolved, probe = _run(lambda reactor: look_at(reactor, config), config.verbose)
     if as_json:
-        click.echo(json.dumps(as_dict(resolved), indent=2))
+        click.echo(json.dumps(as_dict(resolved, probe), indent=2))
     else:
-        show(resolved)
+        show(resolved, probe)
 
 
 @commands.command()
@@ -114,7 +124,7 @@ def serve(image: str, socket: str, **options: Any) -> None:
     def main(reactor: Any) -> Coroutine[Any, Any, None]:
         return serve_image(reactor, config, path, ready=lambda text: click.echo(text, err=True))
 
-    _run(main)
+    _run(main, config.verbose)
 
 
 @commands.command()
@@ -164,7 +174,7 @@ def record(image: str, command: tuple[str, ...], timeout: float, **options: Any)
     from erofs_twisted.tracereport import summary
 
     config = _image_config(image, options)
-    resolved = _run(lambda reactor: resolve(reactor, config))
+    resolved = _run(lambda reactor: resolve(reactor, config), config.verbose)
     typed = {name.replace("_", "-"): value for name, value in options.items() if value}
     state_dir = read_state_dir(typed)
     recorded = record_command(config, resolved, typed, command, state_dir, timeout)
@@ -182,7 +192,7 @@ def show_trace(image: str, as_json: bool, **options: Any) -> None:
     from erofs_twisted.tracereport import as_dict, find, show
 
     config = _image_config(image, options)
-    trace = _run(lambda reactor: find(reactor, config))
+    trace = _run(lambda reactor: find(reactor, config), config.verbose)
     if as_json:
         click.echo(json.dumps(as_dict(trace), indent=2))
     else:
@@ -197,7 +207,7 @@ def push_trace(image: str, **options: Any) -> None:
     from erofs_twisted.tracereport import push
 
     config = _image_config(image, options)
-    click.echo(_run(lambda reactor: push(reactor, config)))
+    click.echo(_run(lambda reactor: push(reactor, config), config.verbose))
 
 
 @commands.group()
@@ -256,8 +266,11 @@ def prune_cache(
     click.echo(prune(path, everything=everything, size=limit, older_than=older_than, dry_run=dry_run))
 
 
-def _run(main: Callable[[Any], Coroutine[Any, Any, Any]]) -> Any:
+def _run(main: Callable[[Any], Coroutine[Any, Any, Any]], verbose: bool = False) -> Any:
     """Run a coroutine on the reactor; Ctrl-C and SIGTERM cancel it, which is no error."""
+    from erofs_twisted.messages import Messages
+
+    Messages(sys.stderr, verbose).begin()
     from twisted.internet import reactor as global_reactor
     from twisted.internet.defer import CancelledError, Deferred
     from twisted.python.failure import Failure

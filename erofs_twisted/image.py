@@ -9,6 +9,7 @@ from typing import Any
 
 import attrs
 from twisted.internet.defer import Deferred, succeed
+from twisted.logger import Logger
 from twisted.python.threadpool import ThreadPool
 from zope.interface import implementer
 
@@ -18,7 +19,7 @@ from erofs_twisted.blocks.source import BlobSource
 from erofs_twisted.blocks.tracefile import TraceFiles
 from erofs_twisted.erofs.superblock import Superblock
 from erofs_twisted.errors import MountError
-from erofs_twisted.interfaces import FileSpan, IExport, IImageStore, Segment
+from erofs_twisted.interfaces import FileSpan, IExport, IImageStore, Segment, Tell, silent
 from erofs_twisted.options import ImageConfig
 from erofs_twisted.pool import SystemCallPool
 from erofs_twisted.prefetch.fill import Fill
@@ -34,6 +35,8 @@ EROFS_MEDIA_TYPES = frozenset(
         "application/vnd.erofs.layer.v1",  # containerd 2.x
     }
 )
+_log = Logger()
+
 BLOCK = 4096
 """A device is a whole number of these: the nbd driver would lose a tail that is shorter."""
 
@@ -169,17 +172,24 @@ class OpenImage:
         await self._store.close()
 
 
+def teller(config: ImageConfig) -> Tell:
+    """Where the steps of a client are told."""
+    return _tell if config.verbose else silent
+
+
+def _tell(line: str) -> None:
+    _log.debug("{line}", line=line)
+
+
 def store_of(reactor: Any, pool: ThreadPool, config: ImageConfig) -> IImageStore:
     """Where an image lies, with what we are given to get at it."""
     return open_store(
         reactor,
         config.reference,
-        credentials=config.credentials,
-        logins=config.logins,
-        plain_http=config.plain_http,
-        io_timeout=config.io_timeout,
-        cache_dir=str(config.cache_dir),
+        config.registry,
         pool=pool,
+        cache_dir=str(config.cache_dir),
+        tell=teller(config),
     )
 
 
@@ -216,7 +226,7 @@ async def open_image(reactor: Any, pool: ThreadPool, config: ImageConfig) -> Ope
     except BaseException:
         await store.close()
         raise
-    queue = FetchQueue(reactor)
+    queue = FetchQueue(reactor, tell=teller(config))
     source = BlobSource(store.blob(layer), cached, reactor, queue=queue)
     missing = source.bytes_missing
     export: IExport = BlobExport(

@@ -20,10 +20,18 @@ if TYPE_CHECKING:
     from erofs_twisted.registry.digest import Digest
     from erofs_twisted.registry.manifest import Descriptor, ResolvedImage
     from erofs_twisted.registry.platform import Platform
+    from erofs_twisted.registry.probe import Probe
     from erofs_twisted.registry.push import Artifact
 
 Delivery = Callable[[bytes], None]
 """Takes the next piece of a byte range, in order, without gaps."""
+
+Tell = Callable[[str], None]
+"""Takes a line on what was done, for who wants to know each step: no credentials, no query of a URL."""
+
+
+def silent(line: str) -> None:
+    """A `Tell` for who doesn't. To compare with, so that no line is made in vain."""
 
 
 @attrs.frozen(slots=True)
@@ -137,6 +145,9 @@ class IImageStore(Interface):
 
     def fetch(descriptor: Descriptor) -> Deferred[bytes]:
         """A Deferred of the content of a manifest or of a small blob, compared with its digest."""
+
+    def probe(descriptor: Descriptor) -> Deferred[Probe | None]:
+        """A Deferred of how a blob can be had from its registry; None where there is no registry."""
 
     def push_referrer(image: ResolvedImage, artifact: Artifact) -> Deferred[Digest]:
         """Add an `erofs_twisted.registry.push.Artifact` that refers to an image; a Deferred of the digest of

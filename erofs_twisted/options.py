@@ -6,11 +6,12 @@ user typed, as strings, into values. Every mistake is an `OptionError` that name
 
 from __future__ import annotations
 
+import itertools
 import os
 import platform as host
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -26,8 +27,14 @@ from erofs_twisted.registry.dockerconfig import (
     parse_docker_config,
     standard_files,
 )
+from erofs_twisted.registry.errors import InvalidProxy
+from erofs_twisted.registry.hosts import FoundHosts, InvalidHosts
+from erofs_twisted.registry.hostsdir import STANDARD, find_hosts
 from erofs_twisted.registry.platform import Platform
+from erofs_twisted.registry.proxies import Proxies
 from erofs_twisted.registry.reference import ImageReference, LayoutReference, parse_reference
+from erofs_twisted.registry.settings import RegistrySettings
+from erofs_twisted.registry.tlssettings import TLSSettings, parse_unverified
 
 Values = Mapping[str, str | bool | None]
 """What the user typed, by option name: a flag is a bool, an option that was not given is None."""
@@ -43,6 +50,15 @@ class OptionError(ErofsTwistedError):
     def __init__(self, option: str, message: str) -> None:
         super().__init__(f"--{option}: {message}")
         self.option = option
+        self.message = message
+
+
+class VariableError(OptionError):
+    """What a variable of the environment holds cannot be used."""
+
+    def __init__(self, variable: str, message: str) -> None:
+        ErofsTwistedError.__init__(self, f"{variable}: {message}")
+        self.option = variable
         self.message = message
 
 
@@ -66,7 +82,18 @@ IMAGE_OPTIONS = (
     Option("username", "NAME", "user at the registry; goes with --password-file"),
     Option("password-file", "PATH", "file that holds the password or token; - is standard input"),
     Option("auth-file", "PATH", "Docker's config.json or Podman's auth.json [those that are there]"),
+    Option(
+        "hosts-dir",
+        "DIR[:DIR…]",
+        "hosts.toml trees that name mirrors [/etc/containerd/certs.d:/etc/docker/certs.d]",
+    ),
     Option("plain-http", None, "speak HTTP without TLS to the registry (loopback hosts: always)"),
+    Option("tls-ca", "PATH", "authorities to trust beside the system's, a file of PEM certificates"),
+    Option(
+        "insecure-skip-verify",
+        "HOST[:PORT],…",
+        "servers whose certificates are not verified, at port 443 or PORT",
+    ),
     Option("oci", "KEY=VALUE,…", "platform=, layer=, username= and password= in one, as mkfs.erofs has it"),
     Option("cache-dir", "DIR", "where fetched blocks are kept [/var/cache/erofs-twisted]"),
     Option("cache-size", "SIZE", "how much of the disk all that may take; K, M, G, T [no limit]"),
@@ -78,6 +105,8 @@ IMAGE_OPTIONS = (
     Option("fill", "auto|off|full", "the rest of the image: while idle, never, or before the mount [auto]"),
     Option("fill-rate", "SIZE", "bytes a second that an idle link is filled with; K, M, G [no limit]"),
     Option("io-timeout", "SECONDS", "how long a read is retried before it fails with EIO [120]"),
+    Option("stall-timeout", "SECONDS", "how long a request may bring nothing before it is made again [15]"),
+    Option("verbose", None, "say each request, and where credentials come from: in the log, or on stderr"),
 )
 
 MOUNT_OPTIONS = (
@@ -110,9 +139,8 @@ OCI_KEYS = ("platform", "layer", "username", "password")
 
 @attrs.frozen(kw_only=True)
 class ImageConfig:
-    """Which image, and how to get at it. ``layer`` None means all layers; ``io_timeout`` is in seconds.
+    """Which image, and how to get at it. ``layer`` None means all layers.
 
-    ``credentials`` were given themselves; without them, ``logins`` says where they are.
     ``trace`` is 'auto', 'record' or 'off'; ``fill`` 'auto', 'off' or 'full'; ``cache_size`` in bytes and
     ``fill_rate`` in bytes a second, None for no limit.
     """
@@ -120,15 +148,13 @@ class ImageConfig:
     reference: ImageReference | LayoutReference
     platform: Platform
     layer: int | None
-    credentials: Credentials | None
-    logins: LoginFiles
-    plain_http: bool
+    registry: RegistrySettings
     cache_dir: Path
     cache_size: int | None
     trace: str
     fill: str
     fill_rate: int | None
-    io_timeout: float
+    verbose: bool
 
 
 @attrs.frozen(kw_only=True)
@@ -146,7 +172,7 @@ class MountConfig:
 
 
 def read_image_config(image: str, values: Values) -> ImageConfig:
-    """From what was typed; reads the password file. Raises `OptionError`."""
+    """From what was typed, and from the environment; reads the password file. Raises `OptionError`."""
     values = _with_oci_shorthand(values)
     reference = _read("image", image, parse_reference)
     if isinstance(reference, LayoutReference):
@@ -155,15 +181,29 @@ def read_image_config(image: str, values: Values) -> ImageConfig:
         reference=reference,
         platform=_given(values, "platform", Platform.parse, lambda: Platform.of_host(host.machine())),
         layer=_given(values, "layer", _whole_number, lambda: None),
-        credentials=_credentials(values),
-        logins=_logins(values),
-        plain_http=bool(values.get("plain-http")),
+        registry=_registry_settings(values, reference),
         cache_dir=_given(values, "cache-dir", _directory, default_cache_dir),
         cache_size=_given(values, "cache-size", _size, lambda: None),
         trace=_chosen(values, "trace", "auto"),
         fill=_chosen(values, "fill", "auto"),
         fill_rate=_given(values, "fill-rate", _size, lambda: None),
+        verbose=bool(values.get("verbose")),
+    )
+
+
+def _registry_settings(values: Values, reference: ImageReference | LayoutReference) -> RegistrySettings:
+    return RegistrySettings(
+        credentials=_credentials(values),
+        logins=_logins(values),
+        hosts=_hosts(values, reference),
+        plain_http=bool(values.get("plain-http")),
+        tls=TLSSettings(
+            authorities=_given(values, "tls-ca", _authorities_file, tuple),
+            unverified=_given(values, "insecure-skip-verify", parse_unverified, frozenset),
+        ),
+        proxies=_proxies(reference),
         io_timeout=_given(values, "io-timeout", _seconds, lambda: 120.0),
+        stall_timeout=_given(values, "stall-timeout", _seconds, lambda: 15.0),
     )
 
 
@@ -173,9 +213,15 @@ def read_mount_config(values: Values) -> MountConfig:
         if not values.get(required):
             raise OptionError(required, f"is missing; for example: --{required} {example}")
     settings = NBDSettings()
+    image = read_image_config(str(values["image"]), values)
+    mountpoint = os.path.realpath(str(values["mountpoint"]))
+    for option, path in _watched_files(image.registry):
+        # It is looked at again while the mount lives, by the thread that the mount needs to answer.
+        if Path(os.path.realpath(path)).is_relative_to(mountpoint):
+            raise OptionError(option, f"{path} is below the mount point, and the mount would hide it")
     return MountConfig(
-        image=read_image_config(str(values["image"]), values),
-        mountpoint=os.path.realpath(str(values["mountpoint"])),
+        image=image,
+        mountpoint=mountpoint,
         mkdir=bool(values.get("mkdir")),
         options=_given(values, "options", MountOptions.parse, MountOptions),
         attach=_chosen(values, "attach", "auto"),
@@ -192,6 +238,14 @@ def read_mount_config(values: Values) -> MountConfig:
             max_sectors_kb=_given(values, "nbd-max-request", _kib, lambda: settings.max_sectors_kb),
         ),
     )
+
+
+def _watched_files(settings: RegistrySettings) -> Iterator[tuple[str, str]]:
+    """The files of certificates, each with the option that leads to it."""
+    yield from (("tls-ca", path) for path in settings.tls.authorities)
+    for server in settings.hosts.hosts if settings.hosts else ():
+        for path in (*server.authorities, *itertools.chain.from_iterable(server.clients)):
+            yield "hosts-dir", path
 
 
 def read_state_dir(values: Values) -> Path:
@@ -271,18 +325,57 @@ def _logins(values: Values) -> LoginFiles:
     return _read("auth-file", str(values["auth-file"]), _login_file)
 
 
+def _hosts(values: Values, reference: ImageReference | LayoutReference) -> FoundHosts:
+    roots = _given(values, "hosts-dir", _directories, lambda: STANDARD)
+    if isinstance(reference, LayoutReference):
+        return FoundHosts(())
+    try:
+        return find_hosts(roots, reference.registry)
+    except InvalidHosts as error:
+        raise OptionError("hosts-dir", str(error)) from error
+
+
+def _directories(text: str) -> tuple[str, ...]:
+    for path in text.split(":"):
+        if not os.path.isdir(path):
+            raise ValueError(f"{path!r} is not a directory; several are separated by colons")
+    return tuple(map(os.path.abspath, text.split(":")))
+
+
+def _proxies(reference: ImageReference | LayoutReference) -> Proxies:
+    if isinstance(reference, LayoutReference):
+        return Proxies()
+    try:
+        return Proxies.from_environment(os.environ)
+    except InvalidProxy as error:
+        raise VariableError(error.variable, error.message) from error
+
+
 def _login_file(path: str) -> LoginFiles:
     """One that the user has named must be there, and be right, before anything is begun."""
+    _check_file(path, MAX_CONFIG, parse_docker_config)
+    return LoginFiles((os.path.abspath(path),), is_named=True)
+
+
+def _check_file(path: str, limit: int, parse: Callable[[bytes], object]) -> None:
     if os.path.exists(path) and not os.path.isfile(path):
         raise ValueError(f"{path}: not a file, which could be read again when it changes")
     try:
         with open(path, "rb") as file:
-            parse_docker_config(file.read(MAX_CONFIG))
+            parse(file.read(limit))
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from error
     except ErofsTwistedError as error:
         raise ValueError(f"{path}: {error}") from error
-    return LoginFiles((os.path.abspath(path),), is_named=True)
+
+
+def _authorities_file(path: str) -> tuple[str, ...]:
+    """As with logins: what the user has named must be there, and be right, before anything is begun."""
+    # What certificates need takes a noticeable part of the start-up: only where there are some.
+    from erofs_twisted.registry.pem import MAX_PEM, parse_certificates
+
+    _check_file(path, MAX_PEM + 1, parse_certificates)
+    return (os.path.abspath(path),)
 
 
 def _password_in(path: str) -> str:

@@ -87,7 +87,9 @@ def record_command(
         # A pipe that it held open would end only with it, which may be later than with us.
         said = undo.enter_context(tempfile.TemporaryFile())
         with signals.held():
-            daemon = _start(arguments, config.credentials.password if config.credentials else None, said)
+            daemon = _start(
+                arguments, config.registry.credentials.password if config.registry.credentials else None, said
+            )
             undo.callback(_end, daemon, mountpoint)
 
         def check() -> None:
@@ -114,8 +116,8 @@ def _options(config: ImageConfig, image: ResolvedImage, typed: Mapping[str, str 
     yield "--trace=record"
     if config.layer is not None:
         yield f"--layer={config.layer}"
-    if config.credentials is not None:
-        yield f"--username={config.credentials.username}"
+    if config.registry.credentials is not None:
+        yield f"--username={config.registry.credentials.username}"
         yield "--password-file=-"
     for name, value in typed.items():
         if name not in SPELT_OUT:

@@ -33,9 +33,11 @@ class Options(usage.Options):
         optActions={
             "mountpoint": usage.CompleteDirs(),
             "cache-dir": usage.CompleteDirs(),
+            "hosts-dir": usage.CompleteDirs(),
             "state-dir": usage.CompleteDirs(),
             "password-file": usage.CompleteFiles(),
             "auth-file": usage.CompleteFiles(),
+            "tls-ca": usage.CompleteFiles(),
             **{o.name: usage.CompleteList(o.choices) for o in OPTIONS.values() if o.choices},
         }
     )

@@ -198,6 +198,16 @@ def run(*command: str | Path, **options: Any) -> subprocess.CompletedProcess[str
     )
 
 
+def until_serving(process: subprocess.Popen[str]) -> None:
+    """Read what ``erofs-nbd serve`` says on standard error until it serves."""
+    assert process.stderr is not None
+    said: list[str] = []
+    while not said or "serving" not in said[-1]:
+        said.append(process.stderr.readline())
+        if not said[-1]:
+            raise AssertionError("it does not serve: " + "".join(said))
+
+
 @attrs.define(eq=False)
 class Daemon:
     """One ``twistd erofs-nbd``, with a directory of its own for all that it writes."""

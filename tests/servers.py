@@ -116,12 +116,15 @@ class DockerRegistry(Process):
 
     ``auth`` is a section of its configuration, such as `TokenServer.registry_auth`; ``users`` makes it
     ask for basic authentication; ``certificate`` is a file for the chain and one for the key, and makes it
-    speak TLS.
+    speak TLS; ``clients`` is a file of the authorities whose certificates its clients must show then. With
+    ``upstream``, the URL of another registry, it is a pull-through cache of that.
     """
 
     auth: Mapping[str, Any] | None = None
     users: Mapping[str, str] | None = None
     certificate: tuple[Path, Path] | None = None
+    upstream: str | None = None
+    clients: Path | None = None
 
     @property
     def url(self) -> str:
@@ -132,6 +135,8 @@ class DockerRegistry(Process):
         if self.certificate:
             chain, key = self.certificate
             http["tls"] = {"certificate": str(chain), "key": str(key)}
+            if self.clients:
+                http["tls"]["clientcas"] = [str(self.clients)]
         configuration: dict[str, Any] = {
             "version": "0.1",
             "log": {"level": "info", "accesslog": {"disabled": False}},
@@ -141,6 +146,8 @@ class DockerRegistry(Process):
             },
             "http": http,
         }
+        if self.upstream:
+            configuration["proxy"] = {"remoteurl": self.upstream}
         if self.auth:
             configuration["auth"] = dict(self.auth)
         if self.users:
@@ -207,6 +214,23 @@ class Nginx(Process):
     def accesses(self) -> list[str]:
         """A line for each request answered."""
         return (self.directory / "access.log").read_text().splitlines()
+
+
+@attrs.define(eq=False)
+class Tinyproxy(Process):
+    """A forward proxy for ``user``, USER:PASSWORD, or for anybody; ``directives`` are lines of its own
+    configuration."""
+
+    user: str = ""
+    directives: str = ""
+
+    def command(self) -> Sequence[str]:
+        path = self.directory / "tinyproxy.conf"
+        login = f"BasicAuth {self.user.replace(':', ' ', 1)}\n" if self.user else ""
+        path.write_text(
+            f"Port {self.port}\nListen 127.0.0.1\nTimeout 600\nLogLevel Info\n{login}{self.directives}\n"
+        )
+        return [tool("tinyproxy"), "-d", "-c", str(path)]
 
 
 @attrs.define(eq=False)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import deque
 
 from twisted.internet.interfaces import IDelayedCall, IReactorTime
-from twisted.logger import Logger
 
 from erofs_twisted.blocks.fetch import Fetch, FetchOwner, Priority
 from erofs_twisted.blocks.link import Link
+from erofs_twisted.interfaces import Tell, silent
 
 LIMIT = 32
 """Fetches at a time, for whatever purpose."""
@@ -31,9 +31,8 @@ class FetchQueue:
     long as they leave room on the link.
     """
 
-    _log = Logger()
-
-    def __init__(self, clock: IReactorTime, link: Link | None = None) -> None:
+    def __init__(self, clock: IReactorTime, link: Link | None = None, tell: Tell = silent) -> None:
+        self._tell = tell
         self.link = link or Link()
         self.hurries = False
         """Is the background soon done, so that it is worth a little delay for readers?"""
@@ -129,13 +128,9 @@ class FetchQueue:
             now = self._clock.seconds()
             if fetch.priority is not Priority.BACKGROUND:
                 self._busy_at = now
-            self._log.debug(
-                "fetched {fetched} of {length} bytes in {seconds:.3f} s",
-                fetched=length - fetch.remaining,
-                length=length,
-                seconds=now - began,
-                priority=fetch.priority.name,
-            )
+            if self._tell is not silent:
+                fetched, name = length - fetch.remaining, fetch.priority.name.lower()
+                self._tell(f"{name}: fetched {fetched} of {length} bytes in {1000 * (now - began):.1f} ms")
             fetch.owner.fetch_ended(fetch)
             self.start()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 from twisted.internet.interfaces import IReactorTime
 from twisted.web.iweb import IResponse
@@ -15,13 +16,14 @@ from erofs_twisted.registry.urls import redacted
 MAX_ERROR_BODY = 8 * 1024
 TEMPORARY = frozenset({408, 425, 429, 499, 500, 502, 503, 504}) | frozenset(range(520, 531))
 """Statuses that pass; 499 and 520 to 530 are what proxies and CDNs add to RFC 9110's."""
+_TITLE = re.compile(rb"<title>([^<]{1,300})</title>", re.IGNORECASE)
+"""Of a proxy's page: nginx says there that it wants a client certificate, for example."""
 
 
 async def status_error(response: IResponse, url: str, clock: IReactorTime, seconds: float) -> RegistryError:
     """What a status that is not the one wanted means; the body, which is used up, may say more."""
     said = await _what_it_says(response, clock, seconds)
-    phrase = response.phrase.decode("latin-1")
-    text = f"{redacted(url)}: {response.code} {phrase}" + (f": {said}" if said else "")
+    text = f"{redacted(url)}: {_status(response)}" + (f": {said}" if said else "")
     if response.code in (401, 403):
         return AccessDenied(text)
     if response.code in (404, 410):
@@ -34,6 +36,10 @@ async def status_error(response: IResponse, url: str, clock: IReactorTime, secon
     return kind(text, temporary=True, retry_after=retry_after)
 
 
+def _status(response: IResponse) -> str:
+    return f"{response.code} {response.phrase.decode('latin-1')}"
+
+
 async def _what_it_says(response: IResponse, clock: IReactorTime, seconds: float) -> str:
     try:
         body = await read_body(response, MAX_ERROR_BODY, clock, seconds)
@@ -42,6 +48,10 @@ async def _what_it_says(response: IResponse, clock: IReactorTime, seconds: float
     content_type = response.headers.getRawHeaders("Content-Type", [""])[0]
     if content_type.startswith("text/plain"):
         return _printable(body.decode("utf-8", "replace"))
+    if content_type.startswith("text/html"):
+        title = _TITLE.search(body)
+        said = _printable(title[1].decode("utf-8", "replace")) if title else ""
+        return "" if said == _status(response) else said
     return errors_text(body)
 
 

@@ -13,6 +13,7 @@ from twisted.internet.defer import CancelledError, Deferred
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
+from erofs_twisted.interfaces import silent
 from erofs_twisted.registry.challenge import Challenge, parse_challenges
 from erofs_twisted.registry.credentials import LOG_IN, Credentials, Identity, RegistryToken
 from erofs_twisted.registry.errors import AccessDenied
@@ -22,7 +23,7 @@ from erofs_twisted.registry.shared import Shared
 from erofs_twisted.registry.tokens import Token
 from erofs_twisted.registry.tokenserver import Scopes, TokenServer
 from erofs_twisted.registry.transport import Transport
-from erofs_twisted.registry.urls import Origin
+from erofs_twisted.registry.urls import Origin, redacted
 
 
 @attrs.define(eq=False)
@@ -33,6 +34,8 @@ class Authorizer:
     _registry: Origin
     _scope: str
     _keychain: IKeychain = attrs.field(factory=Given)
+    _extra: Scopes = attrs.field(init=False, default=())
+    """What is asked for whether or not the registry names it."""
     _held: Identity | None = attrs.field(init=False, default=None)
     _basic: str | None = attrs.field(init=False, default=None)
     _server: TokenServer | None = attrs.field(init=False, default=None)
@@ -77,6 +80,7 @@ class Authorizer:
         if isinstance(self._held, RegistryToken) and used == self._held.authorization():
             self._keychain.refused(self._held)
         found = parse_challenges(challenges)
+        self._tell_wanted(found)
         by_scheme = {challenge.scheme: challenge for challenge in reversed(found)}
         if "bearer" in by_scheme:
             self._take_bearer(by_scheme["bearer"])
@@ -103,12 +107,15 @@ class Authorizer:
         self._basic = held.authorization()
         return True
 
-    def branch(self) -> Authorizer:
+    def branch(self, *scopes: str) -> Authorizer:
         """Another one that knows what this one knows now, for requests that may be refused: what it learns
-        from that is its own, and what it doesn't have to learn costs nothing."""
+        from that is its own, and what it doesn't have to learn costs nothing. Its tokens are for ``scopes``,
+        too."""
         twin = Authorizer(self._transport, self._registry, self._scope, self._keychain)
         twin._held = self._held
-        twin._basic, twin._server, twin._scopes = self._basic, self._server, self._scopes
+        twin._extra = _distinct(*scopes, *self._extra)
+        twin._basic, twin._server = self._basic, self._server
+        twin._scopes = _distinct(*scopes, *self._scopes) if self._server is not None else ()
         twin._tokens = dict(self._tokens)
         return twin
 
@@ -125,8 +132,16 @@ class Authorizer:
         token = self._tokens.get(self._scopes)
         return None if token is None else f"Bearer {token.value}"
 
+    def _tell_wanted(self, found: Iterable[Challenge]) -> None:
+        if self._transport.tell is not silent:
+            wanted = ", or ".join(_shown(challenge) for challenge in found) or "something it does not name"
+            self._transport.tell(f"{self._registry.host} wants {wanted}")
+
     async def _ask_keychain(self) -> Identity | None:
         self._held = await self._keychain.credentials()
+        if self._transport.tell is not silent:
+            source = "none" if self._held is None else self._keychain.source
+            self._transport.tell(f"credentials for {self._registry.host}: {source}")
         return self._held
 
     async def _take_basic(self, used: str | None) -> None:
@@ -150,8 +165,9 @@ class Authorizer:
         if self._server is None or (self._server.realm, self._server.service) != (realm, service):
             self._server = TokenServer(self._transport, realm, service)
         # New scopes first: some servers read only the first. A scope that was granted before stays wanted.
-        wanted = [challenge.parameters.get("scope", ""), *self._scopes]
-        self._scopes = tuple(dict.fromkeys(filter(None, wanted))) or (self._scope,)
+        # A challenge may name several at once (RFC 6750, section 3): docker-registry's does for a mount.
+        wanted = challenge.parameters.get("scope", "").split()
+        self._scopes = _distinct(*wanted, *self._extra, *self._scopes) or (self._scope,)
         self._tokens.pop(self._scopes, None)
 
     async def _fetch_token(self) -> Token:
@@ -169,6 +185,9 @@ class Authorizer:
                 raise
             token = await server.exchange(newer, scopes)
         self._tokens[scopes] = token
+        if self._transport.tell is not silent:
+            life = token.expires_at - self._transport.clock.seconds()
+            self._transport.tell(f"a token for {' '.join(scopes)}, valid for {life:.0f} s")
         return token
 
     def _refresh_failed(self, failure: Failure, scopes: Scopes) -> None:
@@ -178,3 +197,17 @@ class Authorizer:
             self._tokens[scopes] = token.spared(self._transport.clock.seconds())
         if not failure.check(CancelledError):
             self._log.info("refreshing a token failed: {reason}", reason=failure.getErrorMessage())
+
+
+def _distinct(*scopes: str) -> Scopes:
+    return tuple(dict.fromkeys(scopes))
+
+
+def _shown(challenge: Challenge) -> str:
+    """A challenge in one line: scheme, and of its parameters what is no secret."""
+    known = {name: challenge.parameters.get(name, "") for name in ("realm", "service", "scope", "error")}
+    if challenge.scheme == "bearer":
+        known["realm"] = redacted(known["realm"])
+    named = ", ".join(f"{name} {value}" for name, value in known.items() if value)
+    text = f"{challenge.scheme} ({named})" if named else challenge.scheme
+    return "".join(character if character.isprintable() else " " for character in text)[:500]

@@ -48,16 +48,25 @@ class Circuit:
     def is_open(self) -> bool:
         return self._opens_at is not None
 
+    @property
+    def is_due(self) -> bool:
+        """Would a request be let in at once, as the one that tries?"""
+        return self.is_open and not self._waiting and self._clock.seconds() >= (self._opens_at or 0.0)
+
     async def enter(self) -> Turn:
         """Wait until a request may be made. Who was let in says what came of it, and leaves."""
-        if self._opens_at is None and self._window.has_room(self._under_way):
+        if not self.is_open and self._window.has_room(self._under_way):
             return self._new_turn()
-        if self._opens_at is not None and not self._waiting and self._clock.seconds() >= self._opens_at:
+        if self.is_due:
             return self._new_probe()
         waiter: Deferred[Turn] = Deferred(self._leave)
         self._waiting.append(waiter)
         self._set_timer()
         return await waiter
+
+    def heard(self) -> Turn:
+        """For a request that was made without waiting for a turn; it need not be left."""
+        return Turn(self, self._openings)
 
     def _answered(self, turn: Turn) -> None:
         if self.is_open and self._is_busy and turn.opening < self._openings:
@@ -86,7 +95,8 @@ class Circuit:
         if isinstance(error, Unreachable):
             delay = backoff.redial(remaining)
         else:
-            delay = backoff.delay(self._failures - 1, remaining, error.retry_after)
+            # Others wait for what comes of the next attempt, and have no more time than this one.
+            delay = backoff.delay(self._failures - 1, remaining / 2, error.retry_after)
         self._opens_at = self._clock.seconds() + delay
         self._probe = None
         self._set_timer()

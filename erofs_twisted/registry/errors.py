@@ -30,8 +30,21 @@ class InvalidPlatform(RegistryError):
     """A platform is not of the form OS/ARCH[/VARIANT]."""
 
 
+class InvalidTLSFile(RegistryError):
+    """A file of certificates or keys cannot be used; the message names it."""
+
+
 class InvalidHeader(RegistryError):
     """A header of a response does not follow its grammar."""
+
+
+class InvalidProxy(RegistryError):
+    """What the environment's ``variable`` holds is no proxy. It is not shown: it may hold a password."""
+
+    def __init__(self, variable: str, message: str) -> None:
+        super().__init__(f"{variable}: {message}")
+        self.variable = variable
+        self.message = message
 
 
 class InvalidManifest(RegistryError):
@@ -69,6 +82,10 @@ class Busy(TransferFailed):
 
 class Unreachable(TransferFailed):
     """No connection came about, so no request was made."""
+
+
+class NoHost(RegistryError):
+    """None of a registry's servers may be asked for that."""
 
 
 class BlobUnreadable(RegistryError, ReadError):

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import attrs
 from twisted.internet.defer import Deferred, succeed
-from zope.interface import Interface, implementer
+from zope.interface import Attribute, Interface, implementer
 
 from erofs_twisted.registry.credentials import Identity
 
 
 class IKeychain(Interface):
     """The credentials for one repository of one registry."""
+
+    source = Attribute(
+        "Where those come from that `credentials` gave last, for people; '' if there were none."
+    )
 
     def credentials() -> Deferred[Identity | None]:
         """A Deferred of those that hold now; None where there are none. May be cancelled.
@@ -29,6 +33,11 @@ class Given:
     """What the user has said, which stays as it is; None for one who is nobody."""
 
     _credentials: Identity | None = None
+
+    @property
+    def source(self) -> str:
+        """As `IKeychain.source`."""
+        return "" if self._credentials is None else "those that were given (--username, --oci)"
 
     def credentials(self) -> Deferred[Identity | None]:
         """As `IKeychain.credentials`."""

@@ -31,6 +31,7 @@ from erofs_twisted.registry.resolution import Document, check_content, resolve_i
 from erofs_twisted.registry.selection import choose_manifest
 
 if TYPE_CHECKING:
+    from erofs_twisted.registry.probe import Probe
     from erofs_twisted.registry.push import Artifact
 
 TAG_ANNOTATION = "org.opencontainers.image.ref.name"
@@ -68,6 +69,10 @@ class LayoutStore:
     def fetch(self, descriptor: Descriptor) -> Deferred[bytes]:
         """As `IImageStore.fetch`; fails with a `RegistryError`."""
         return Deferred.fromCoroutine(self._fetch(descriptor)).addCallback(lambda document: document.data)
+
+    def probe(self, descriptor: Descriptor) -> Deferred[Probe | None]:
+        """As `IImageStore.probe`."""
+        return succeed(None)
 
     def push_referrer(self, image: ResolvedImage, artifact: Artifact) -> Deferred[Digest]:
         """As `IImageStore.push_referrer`; fails with `RegistryError`."""

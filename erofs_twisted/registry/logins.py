@@ -78,7 +78,8 @@ class Logins:
     """The helpers that have answered once: of these, a failure is no reason to look elsewhere."""
     _search: Shared[Identity | None] = attrs.field(init=False)
     _warned: dict[str, str] = attrs.field(init=False, factory=dict)
-    _source: str = attrs.field(init=False, default="")
+    source: str = attrs.field(init=False, default="")
+    """As `IKeychain.source`."""
     _log = Logger()
 
     def __attrs_post_init__(self) -> None:
@@ -116,9 +117,9 @@ class Logins:
         except InvalidDockerConfig as error:
             self._give_up(path, str(error))
             return None
-        if found is not None and source != self._source:
+        if found is not None and source != self.source:
             self._log.info("credentials for {registry}: {source}", registry=self._registry, source=source)
-            self._source = source
+            self.source = source
         return found
 
     async def _ask(self, path: str, helper: str) -> Identity | None:

@@ -22,7 +22,7 @@ from erofs_twisted.registry.errors import (
     Unreachable,
 )
 from erofs_twisted.registry.notices import Notices
-from erofs_twisted.registry.transport import Transport
+from erofs_twisted.registry.transport import Body, Transport
 from erofs_twisted.registry.urls import Origin, redacted, resolve_location
 
 MAX_REDIRECTS = 10
@@ -49,7 +49,9 @@ class Session:
     _authorizer: Authorizer
     _plain_http: bool = False
     _notices: Notices = attrs.field(factory=Notices)
-    circuit: Circuit = attrs.field(init=False)
+    _headers: Mapping[str, str] = attrs.field(factory=dict, repr=False)
+    """What goes with each request to the registry itself; it may be secret."""
+    circuit: Circuit = attrs.field(init=False, repr=False)
     """For who makes many requests for a long time: whether the registry answers at all."""
 
     @circuit.default
@@ -63,16 +65,17 @@ class Session:
         return await self.request("GET", url, headers, seconds)
 
     async def request(
-        self, method: str, url: str, headers: Mapping[str, str], seconds: float, body: bytes = b""
+        self, method: str, url: str, headers: Mapping[str, str], seconds: float, body: Body = b""
     ) -> Answer:
         """The answer to a request, whatever its status, once its redirects were followed; ``seconds`` is for
-        each request on the way. What is no GET follows only those redirects that keep method and body.
+        each request on the way. What is neither GET nor HEAD follows only those redirects that keep method
+        and body.
 
         The registry's authorization goes to the registry's own origin only; what that refuses is tried once
         more with a new token. Raises `TransferFailed`, `AccessDenied`.
         """
         start = url
-        redirects = REDIRECTS if method == "GET" else VERBATIM_REDIRECTS
+        redirects = REDIRECTS if method in ("GET", "HEAD") else VERBATIM_REDIRECTS
         for _ in range(MAX_REDIRECTS + 1):
             try:
                 if Origin.of(url) == self.origin:
@@ -96,6 +99,10 @@ class Session:
         location = response.headers.getRawHeaders("Location", [""])[0]
         if not location:
             raise TransferFailed(f"{redacted(url)}: a redirect to nowhere")
+        return self.resolve(url, location)
+
+    def resolve(self, url: str, location: str) -> str:
+        """Where ``location``, which the answer from ``url`` names, is. Raises as `location`."""
         target = resolve_location(url, location)
         if url.startswith("https:") and target.startswith("http:") and not self._plain_http:
             raise TransferFailed(
@@ -107,9 +114,12 @@ class Session:
     def has_credentials(self) -> bool:
         return self._authorizer.has_credentials
 
-    def apart(self) -> Session:
-        """For requests that may be refused: what comes of that stays apart from this session. Close it."""
-        return attrs.evolve(self, authorizer=self._authorizer.branch())
+    def apart(self, *scopes: str) -> Session:
+        """For requests that may be refused: what comes of that stays apart from this session. Close it.
+
+        Its tokens are to reach as far as ``scopes``, too.
+        """
+        return attrs.evolve(self, authorizer=self._authorizer.branch(*scopes))
 
     def close(self) -> None:
         """Forget the tokens."""
@@ -131,9 +141,9 @@ class Session:
             self._log.warn("the registry {host} says: {text}", host=self.origin.host, text=text)
 
     async def _ask_registry(
-        self, method: str, url: str, headers: Mapping[str, str], seconds: float, body: bytes
+        self, method: str, url: str, headers: Mapping[str, str], seconds: float, body: Body
     ) -> IResponse:
-        ask = self.transport.request
+        ask, headers = self.transport.request, {**self._headers, **headers}
         used = await self._authorizer.authorization()
         response = await ask(method, url, _authorized(headers, used), seconds, body)
         expired = response.code == 403 and used is not None and used.startswith("Bearer ")

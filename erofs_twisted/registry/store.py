@@ -2,34 +2,40 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import attrs
+from twisted.logger import Logger
 from twisted.python.threadpool import ThreadPool
 
-from erofs_twisted.interfaces import IImageStore
-from erofs_twisted.registry.credentials import Credentials
-from erofs_twisted.registry.dockerconfig import LoginFiles
+from erofs_twisted.interfaces import IImageStore, Tell, silent
+from erofs_twisted.registry.hosts import FoundHosts, HostSettings, default_host
 from erofs_twisted.registry.reference import ImageReference, LayoutReference
+from erofs_twisted.registry.settings import RegistrySettings
+from erofs_twisted.registry.tlssettings import Server, TLSSettings
+from erofs_twisted.registry.urls import Origin
+
+if TYPE_CHECKING:
+    from erofs_twisted.registry.host import RegistryHost
+    from erofs_twisted.registry.keychain import IKeychain
+
+_log = Logger()
 
 
 def open_store(
     reactor: Any,
     reference: ImageReference | LayoutReference,
+    settings: RegistrySettings | None = None,
     *,
     pool: ThreadPool,
-    credentials: Credentials | None = None,
-    logins: LoginFiles | None = None,
-    plain_http: bool = False,
-    io_timeout: float = 120.0,
     cache_dir: str | None = None,
-    trust_root: Any = None,
+    tell: Tell = silent,
 ) -> IImageStore:
     """The `IImageStore` of ``reference``. Nothing is opened before it is used.
 
-    ``credentials`` win over those in ``logins``. ``io_timeout`` is how many seconds a read of a registry's
-    blob goes on without progress. ``trust_root``, an IOpenSSLTrustRoot, stands for the platform's
-    certificates. Below ``cache_dir`` a registry's manifests are kept. Files are read in the threads of
-    ``pool``.
+    The files of ``settings.tls`` and of its hosts are read here, for the first time: raises `InvalidTLSFile`.
+    Below ``cache_dir`` a registry's manifests are kept. Other files are read in the threads of ``pool``. Each
+    step is told to ``tell``.
     """
     if isinstance(reference, LayoutReference):
         from erofs_twisted.registry.layout import LayoutStore
@@ -38,14 +44,79 @@ def open_store(
     # treq and what it needs take a noticeable part of the start-up: only where there is a registry.
     from erofs_twisted.registry.client import RegistryStore
     from erofs_twisted.registry.documents import DocumentFiles
-    from erofs_twisted.registry.keychain import Given, IKeychain
+
+    settings = settings or RegistrySettings()
+    found = settings.hosts or FoundHosts((default_host(reference.registry),))
+    _explain(reference, found, settings.tls, tell)
+    hosts = [_open_host(reactor, pool, reference, host, settings, tell) for host in found.hosts]
+    documents = None if cache_dir is None else DocumentFiles(reactor, pool, cache_dir)
+    return RegistryStore(reference, hosts, settings.io_timeout, settings.stall_timeout, documents)
+
+
+def _explain(reference: ImageReference, found: FoundHosts, tls: TLSSettings, tell: Tell) -> None:
+    unverified = tls.unverified.union(*(_tls(host, tls).unverified for host in found.hosts))
+    for warning in (*found.warnings, *attrs.evolve(tls, unverified=unverified).warnings()):
+        _log.warn("{text}", text=warning)
+    if tell is not silent:
+        said = found.source or "nothing is said of this registry's servers (--hosts-dir)"
+        tell(f"{reference.registry}: {said}")
+        for host in found.hosts:
+            tell(f"{reference.registry}: {host.description}")
+
+
+def _open_host(
+    reactor: Any,
+    pool: ThreadPool,
+    reference: ImageReference,
+    host: HostSettings,
+    settings: RegistrySettings,
+    tell: Tell,
+) -> RegistryHost:
+    """With connections of its own: what vouches for one server need not do so for another."""
+    from erofs_twisted.registry.host import RegistryHost
+    from erofs_twisted.registry.tls import TLSPolicy
     from erofs_twisted.registry.transport import Transport
 
-    transport = Transport.over_sockets(reactor, trust_root)
-    documents = None if cache_dir is None else DocumentFiles(reactor, pool, cache_dir)
-    keychain: IKeychain = Given(credentials)
-    if credentials is None and logins is not None:
-        from erofs_twisted.registry.logins import Logins
+    transport = Transport.over_sockets(
+        reactor,
+        TLSPolicy(_tls(host, settings.tls), own=frozenset({_server(host)})),
+        proxies=settings.proxies,
+        connect_timeout=host.connect_timeout,
+        tell=tell,
+    )
+    keychain = _keychain(reactor, pool, reference, host, settings)
+    return RegistryHost(host, reference, transport, keychain, settings.plain_http)
 
-        keychain = Logins(reactor, pool, logins, reference.registry, reference.repository)
-    return RegistryStore(reference, transport, keychain, plain_http, io_timeout, documents)
+
+def _server(host: HostSettings) -> Server:
+    origin = Origin.of(f"{host.scheme or 'https'}://{host.authority}")
+    return origin.host, origin.port
+
+
+def _tls(host: HostSettings, tls: TLSSettings) -> TLSSettings:
+    """What holds of all servers, and what is said of this one."""
+    return TLSSettings(
+        authorities=tls.authorities + host.authorities,
+        clients=tls.clients + host.clients,
+        unverified=tls.unverified | ({_server(host)} if host.skip_verify else set()),
+    )
+
+
+def _keychain(
+    reactor: Any,
+    pool: ThreadPool,
+    reference: ImageReference,
+    host: HostSettings,
+    settings: RegistrySettings,
+) -> IKeychain:
+    """What was given is the registry's; a mirror is logged in to under its own name."""
+    from erofs_twisted.registry.keychain import Given
+
+    if settings.credentials is not None and not host.is_mirror:
+        return Given(settings.credentials)
+    if settings.logins is None:
+        return Given()
+    from erofs_twisted.registry.logins import Logins
+
+    registry = reference.registry if host.is_of(reference.registry) else host.authority
+    return Logins(reactor, pool, settings.logins, registry, reference.repository)

@@ -1,9 +1,9 @@
-"""HTTP as a registry's client needs it: no redirects, no decoding, bodies in memory, and a limit of time."""
+"""HTTP as a registry's client needs it: no redirects, no decoding, and a limit of time."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import lru_cache
+from collections.abc import Callable, Mapping
+from functools import lru_cache, partial
 from typing import Any
 
 import attrs
@@ -12,16 +12,16 @@ from treq.client import HTTPClient
 from twisted.internet.defer import CancelledError, Deferred, succeed
 from twisted.internet.defer import TimeoutError as TimedOut
 from twisted.internet.endpoints import HostnameEndpoint, wrapClientTLS
-from twisted.internet.interfaces import IConsumer, IStreamClientEndpoint
+from twisted.internet.interfaces import IConsumer, IDelayedCall, IStreamClientEndpoint
 from twisted.internet.task import deferLater
 from twisted.python.failure import Failure
 from twisted.web._newclient import HTTP11ClientProtocol
+from twisted.web._newclient import Request as HTTPRequest
 from twisted.web.client import (
     URI,
     Agent,
-    BrowserLikePolicyForHTTPS,
-    HostnameCachingHTTPSPolicy,
     HTTPConnectionPool,
+    ProxyAgent,
     _HTTP11ClientFactory,
 )
 from twisted.web.http_headers import Headers
@@ -29,9 +29,15 @@ from twisted.web.iweb import IAgent, IAgentEndpointFactory, IBodyProducer, IPoli
 from zope.interface import implementer
 
 from erofs_twisted import __version__
+from erofs_twisted.interfaces import Tell, silent
 from erofs_twisted.registry.body import abandon
-from erofs_twisted.registry.errors import TransferFailed
-from erofs_twisted.registry.failures import NETWORK_FAILURES, is_cancellation, network_failure
+from erofs_twisted.registry.concurrency import LimitedAgent
+from erofs_twisted.registry.errors import RegistryError, TransferFailed
+from erofs_twisted.registry.failures import NETWORK_FAILURES, innermost, is_cancellation, network_failure
+from erofs_twisted.registry.keepalive import KeptAlive
+from erofs_twisted.registry.proxies import Proxies, Proxy, authority
+from erofs_twisted.registry.proxyagent import PlainProxyAgent
+from erofs_twisted.registry.tunnel import Tunnel
 from erofs_twisted.registry.urls import redacted
 
 USER_AGENT = f"erofs-twisted/{__version__}"
@@ -45,10 +51,24 @@ MAX_HOSTS = 64
 IDLE_SECONDS = 60
 """Shorter than the keep-alive of common servers (nginx: 75 s), so that they seldom close under a request."""
 
+Extend = Callable[[float], None]
+"""Says that a request made progress, and how many seconds from now the next may take."""
+Sender = Callable[[Extend], IBodyProducer | None]
+"""Makes the producer of a body, anew each time that the body is sent; None of an empty one."""
+Body = bytes | Sender
+"""What goes with a request: what is in memory, or what is made as it is sent."""
+
 
 class _Client(HTTP11ClientProtocol):
     """Takes the head of an answer in small pieces, since each line of it is cut off what came with it, and a
-    long body in large ones, since each goes through a dozen calls."""
+    long body in large ones, since each goes through a dozen calls.
+
+    An answer may come before all of a request's body went out: a token has expired, the upload is wanted
+    elsewhere. Twisted would send the rest, and unless the answer is whole lose it when the server hangs up.
+    Here it counts at once, nothing more is sent, and the connection is closed after it.
+    """
+
+    _is_early = False
 
     def request(self, request: Any) -> Deferred[Any]:
         self._take(SMALL_PIECE)
@@ -58,11 +78,38 @@ class _Client(HTTP11ClientProtocol):
     def dataReceived(self, data: bytes) -> None:
         if len(data) >= SMALL_PIECE:
             self._take(PIECE)
+        request = self._currentRequest
         super().dataReceived(data)  # type: ignore[no-untyped-call]
+        self._heed_early_answer(request)
+
+    def _heed_early_answer(self, request: HTTPRequest | None) -> None:
+        """After each piece of an answer; ``request`` is the one that it is to."""
+        assert self.transport is not None
+        if self._state == "TRANSMITTING_AFTER_RECEIVING_RESPONSE" and not self._is_early:
+            self._stop_sending(request)
+        elif self._state == "TRANSMITTING" and self._responseDeferred is not None:
+            if not self._responseDeferred.called:
+                return  # less than its head
+            self._stop_sending(request)
+            self._state = "WAITING"
+            finished: Any = self._finishedRequest
+            _ = self._responseDeferred.chainDeferred(finished)
+        if self._is_early and self._state in ("QUIESCENT", "TRANSMITTING_AFTER_RECEIVING_RESPONSE"):
+            # All of the answer is here. What is yet to be sent is of no use to anybody.
+            self.transport.abortConnection()  # type: ignore[attr-defined]
+
+    def _stop_sending(self, request: Any) -> None:
+        assert self.transport is not None
+        self._is_early = True
+        request.persistent = False
+        request.stopWriting()
+        self.transport.unregisterProducer()  # type: ignore[attr-defined]
 
     def _take(self, size: int) -> None:
         transport = self.transport
-        connection: Any = getattr(transport, "transport", transport)  # TLS has the real one below it
+        connection: Any = transport
+        while (below := getattr(connection, "transport", None)) is not None:  # TLS has the real one below it
+            connection = below
         if connection is not None:
             connection.bufferSize = size
 
@@ -96,6 +143,8 @@ class _Endpoints:
 
     _reactor: Any
     _policy: IPolicyForHTTPS
+    _proxies: Proxies = attrs.field(factory=Proxies)
+    _connect_timeout: float = CONNECT_TIMEOUT
     _known: dict[tuple[bytes, bytes, int], IStreamClientEndpoint] = attrs.field(factory=dict, init=False)
 
     def endpointForURI(self, uri: URI) -> IStreamClientEndpoint:
@@ -104,11 +153,30 @@ class _Endpoints:
         if endpoint is None:
             if len(self._known) >= MAX_HOSTS:
                 self._known.clear()
-            endpoint = HostnameEndpoint(self._reactor, uri.host, uri.port, timeout=CONNECT_TIMEOUT)
+            endpoint = self._way(uri)
             if uri.scheme == b"https":
                 endpoint = wrapClientTLS(self._policy.creatorForNetloc(uri.host, uri.port), endpoint)
             self._known[key] = endpoint
         return endpoint
+
+    def to_proxy(self, proxy: Proxy) -> IStreamClientEndpoint:
+        host = proxy.host.encode("ascii")
+        endpoint = self._over_tcp(host, proxy.port)
+        if proxy.scheme == "https":
+            return wrapClientTLS(self._policy.creatorForNetloc(host, proxy.port), endpoint)
+        return endpoint
+
+    def _way(self, uri: URI) -> IStreamClientEndpoint:
+        """To where TLS begins, or HTTP."""
+        target = authority(uri.host.decode("ascii"), uri.port)
+        proxy = self._proxies.proxy_for(f"https://{target}/") if uri.scheme == b"https" else None
+        if proxy is None:
+            return self._over_tcp(uri.host, uri.port)
+        return Tunnel(self._reactor, proxy, self.to_proxy(proxy), target, USER_AGENT)
+
+    def _over_tcp(self, host: bytes, port: int) -> IStreamClientEndpoint:
+        """By the address that answers first (RFC 8305, "Happy Eyeballs")."""
+        return KeptAlive(HostnameEndpoint(self._reactor, host, port, timeout=self._connect_timeout))
 
 
 @implementer(IAgent)
@@ -175,49 +243,91 @@ class Transport:
     """An IReactorTime; the reactor itself where there are sockets."""
     _client: HTTPClient
     _pool: HTTPConnectionPool | None = None
+    tell: Tell = silent
+    _proxies: Proxies = attrs.field(factory=Proxies)
 
     @classmethod
-    def over_sockets(cls, reactor: Any, trust_root: Any = None) -> Transport:
-        """``trust_root`` (the platform's, and with it what SSL_CERT_FILE names) vouches for https servers."""
+    def over_sockets(
+        cls,
+        reactor: Any,
+        policy: IPolicyForHTTPS,
+        *,
+        proxies: Proxies | None = None,
+        connect_timeout: float = CONNECT_TIMEOUT,
+        tell: Tell = silent,
+    ) -> Transport:
+        """``policy`` says which https servers are trusted, proxies among them.
+
+        Without ``proxies``, all are reached directly. Each connection has ``connect_timeout`` seconds.
+        """
         pool = HTTPConnectionPool(reactor)
         pool._factory = _ClientFactory
         pool.maxPersistentPerHost = IDLE_CONNECTIONS
         pool.cachedConnectionTimeout = IDLE_SECONDS
-        policy = HostnameCachingHTTPSPolicy(BrowserLikePolicyForHTTPS(trust_root))
-        agent = Agent.usingEndpointFactory(reactor, _Endpoints(reactor, policy), pool)
-        return cls(reactor, HTTPClient(IdentityAgent(agent)), pool)
+        proxies = Proxies() if proxies is None else proxies
+        endpoints = _Endpoints(reactor, policy, proxies, connect_timeout)
+        agent: IAgent = Agent.usingEndpointFactory(reactor, endpoints, pool)
+        if proxies.http is not None:
+            proxied = ProxyAgent(endpoints.to_proxy(proxies.http), reactor, pool)
+            agent = PlainProxyAgent(agent, proxied, proxies)
+        return cls(reactor, HTTPClient(IdentityAgent(LimitedAgent(agent))), pool, tell, proxies)
 
     @classmethod
-    def over_agent(cls, clock: Any, agent: IAgent) -> Transport:
+    def over_agent(cls, clock: Any, agent: IAgent, tell: Tell = silent) -> Transport:
         """Over any agent: a proxy's, or a test's."""
-        return cls(clock, HTTPClient(IdentityAgent(agent)))
+        return cls(clock, HTTPClient(IdentityAgent(agent)), tell=tell)
 
     async def get(self, url: str, headers: Mapping[str, str], seconds: float) -> IResponse:
         """`request` with GET."""
         return await self.request("GET", url, headers, seconds)
 
     async def request(
-        self, method: str, url: str, headers: Mapping[str, str], seconds: float, body: bytes = b""
+        self, method: str, url: str, headers: Mapping[str, str], seconds: float, body: Body = b""
     ) -> IResponse:
         """The answer to one request, whatever its status, within ``seconds``; its body is yet to be read.
 
-        Who gets the answer must receive, discard or abandon its body. Raises `TransferFailed`.
+        A `Sender` of the request's ``body`` may extend the time as it goes on. Who gets the answer must
+        receive, discard or abandon its body. Raises `TransferFailed`, and what `RegistryError` the sender
+        fails with.
         """
-        answer = self._client.request(
+        began = self.clock.seconds()
+        limit = _TimeLimit(self.clock)
+        if isinstance(body, bytes):
+            body = partial(_in_memory, body)
+        answer: Deferred[Any] = self._client.request(
             method,
             _url(url),
             headers=Headers({"User-Agent": [USER_AGENT], **{name: [text] for name, text in headers.items()}}),
-            data=BytesProducer(body) if body else None,
+            data=body(limit.extend),
             allow_redirects=False,
             unbuffered=True,
             reactor=self.clock,
         )
         try:
-            return await answer.addTimeout(seconds, self.clock, _timed_out)
+            response = await limit.over(answer, seconds)
         except NETWORK_FAILURES as error:
+            if isinstance(cause := innermost(error), RegistryError):
+                raise cause from error
             if is_cancellation(error):
                 raise CancelledError from error
-            raise network_failure(error, url) from error
+            raise self._told(method, network_failure(error, url), began) from error
+        except TransferFailed as error:  # a proxy's doing
+            raise self._told(method, error, began) from error.__cause__
+        if self.tell is not silent:
+            proxy = self._proxies.proxy_for(url)
+            asked = f" {headers['Range']}" if "Range" in headers else ""
+            asked += f" by the proxy {proxy.url}" if proxy else ""
+            phrase = response.phrase.decode("latin-1")
+            self.tell(f"{method} {redacted(url)}{asked}: {response.code} {phrase} ({self._since(began)})")
+        return response
+
+    def _told(self, method: str, failure: TransferFailed, began: float) -> TransferFailed:
+        if self.tell is not silent:
+            self.tell(f"{method} {failure} ({self._since(began)})")
+        return failure
+
+    def _since(self, began: float) -> str:
+        return f"{1000 * (self.clock.seconds() - began):.1f} ms"
 
     async def close(self) -> None:
         """Close the connections that wait for a next request."""
@@ -227,8 +337,39 @@ class Transport:
             await self._pool.closeCachedConnections()
 
 
-def _timed_out(result: IResponse | Failure, seconds: float) -> IResponse:
-    """What an agent's request comes to when its time is up: how it says that it was cancelled varies."""
-    if isinstance(result, Failure):
-        raise TimedOut(f"no answer within {seconds:g} seconds")
-    return result
+def _in_memory(body: bytes, extend: Extend) -> BytesProducer | None:
+    return BytesProducer(body) if body else None
+
+
+@attrs.define(eq=False)
+class _TimeLimit:
+    """Cancels a request when its time is up."""
+
+    _clock: Any
+    _seconds: float = attrs.field(init=False, default=0.0)
+    _call: IDelayedCall | None = attrs.field(init=False, default=None)
+    _is_over: bool = attrs.field(init=False, default=False)
+
+    def over(self, answer: Deferred[IResponse], seconds: float) -> Deferred[IResponse]:
+        """``answer``, which comes within ``seconds`` or fails."""
+        self._seconds = seconds
+        self._call = self._clock.callLater(seconds, self._expire, answer)
+        return answer.addBoth(self._finish)
+
+    def extend(self, seconds: float) -> None:
+        """There is time again: ``seconds`` from now."""
+        if self._call is not None and self._call.active():
+            self._seconds = seconds
+            self._call.reset(seconds)
+
+    def _expire(self, answer: Deferred[IResponse]) -> None:
+        self._is_over = True
+        answer.cancel()
+
+    def _finish(self, result: IResponse | Failure) -> IResponse | Failure:
+        if self._call is not None and self._call.active():
+            self._call.cancel()
+        if self._is_over and isinstance(result, Failure):
+            # How an agent says that it was cancelled varies.
+            raise TimedOut(f"no answer within {self._seconds:g} seconds")
+        return result

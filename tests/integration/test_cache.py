@@ -17,7 +17,7 @@ from typing import Any
 from twisted.trial.unittest import SynchronousTestCase
 
 from erofs_twisted.blocks.cached import FLUSH_SECONDS
-from tests.daemon import BIN, DaemonTestCase, registry, run, until
+from tests.daemon import BIN, DaemonTestCase, registry, run, until, until_serving
 from tests.images import Layout, push
 from tests.scenery import BIG, contents, scenery, sha256
 from tests.servers import DockerRegistry, tool
@@ -48,7 +48,7 @@ class CacheTestCase(SynchronousTestCase):
         self.addCleanup(server.stderr.close)
         self.addCleanup(server.wait)
         self.addCleanup(server.kill)
-        self.assertIn("serving", server.stderr.readline())
+        until_serving(server)
         return server, path
 
     def end(self, server: subprocess.Popen[str]) -> None:
@@ -111,7 +111,7 @@ class SharedTests(CacheTestCase):
         for server, name in zip(servers, "ab", strict=True):
             assert server.stderr is not None
             with server.stderr:
-                self.assertIn("serving", server.stderr.readline())
+                until_serving(server)
             self.assert_copies(self.directory / name)
         self.assertEqual(self.size, self.asked_for("filled"))
 

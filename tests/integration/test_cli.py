@@ -16,12 +16,25 @@ from pathlib import Path
 from twisted.trial.unittest import SynchronousTestCase
 
 from erofs_twisted.options import IMAGE_OPTIONS, OPTIONS
-from tests.daemon import BIN, registry, run, until
+from tests.daemon import BIN, registry, run, until, until_serving
 from tests.images import EROFS
 from tests.scenery import GZIPPED_TAR, scenery
 from tests.servers import tool
 
-LOOKING = {"plain-http", "platform", "username", "password-file", "auth-file", "oci", "io-timeout"}
+LOOKING = {
+    "auth-file",
+    "hosts-dir",
+    "insecure-skip-verify",
+    "io-timeout",
+    "oci",
+    "password-file",
+    "plain-http",
+    "platform",
+    "stall-timeout",
+    "tls-ca",
+    "username",
+    "verbose",
+}
 """The options of ``inspect``."""
 
 
@@ -100,7 +113,7 @@ class ServeTests(CommandTestCase):
         self.addCleanup(server.kill)
         assert server.stderr is not None
         self.addCleanup(server.stderr.close)
-        self.assertIn("serving", server.stderr.readline())
+        until_serving(server)
         return server, path
 
     def assert_copies(self, tag: str, path: Path) -> None:
@@ -208,8 +221,12 @@ WRONG = {
     "username": ["alice"],
     "password-file": ["/nowhere/password", ""],
     "auth-file": ["/nowhere/auth.json", "/", ""],
+    "hosts-dir": ["/nowhere", "/etc:/nowhere", ""],
+    "tls-ca": ["/nowhere/ca.pem", "/", ""],
+    "insecure-skip-verify": ["https://host.example", "*", ""],
     "oci": ["colour=red", "layer=", "layer=0,layer=1", "layer"],
     "io-timeout": ["0", "soon", "-1", "nan", "inf"],
+    "stall-timeout": ["0", "soon"],
     "options": ["rw", "dev", ""],
     "attach": ["ublk"],
     "on-stop": ["never"],
@@ -260,7 +277,7 @@ class MistakeTests(CommandTestCase):
             self.assert_refused(run(BIN / "twistd", "erofs-nbd", *words, cwd=self.directory), reason)
 
     def test_commands_refuse_wrong_values_by_the_options_name(self) -> None:
-        for option in sorted(LOOKING - {"plain-http"}):
+        for option in sorted(LOOKING - {"plain-http", "verbose"}):
             done = self.erofs_nbd("inspect", "host.example/app", f"--{option}={WRONG[option][0]}")
             self.assert_refused(done, f"--{option}" if option != "username" else "--password-file")
         self.assert_refused(self.erofs_nbd("inspect", "Upper/Case"), "lower case")

@@ -26,6 +26,7 @@ from erofs_twisted.registry.errors import AccessDenied
 from erofs_twisted.registry.logins import PAUSE
 from erofs_twisted.registry.platform import Platform
 from erofs_twisted.registry.reference import parse_reference
+from erofs_twisted.registry.settings import RegistrySettings
 from erofs_twisted.registry.store import open_store
 from tests.daemon import BIN, DaemonTestCase, run
 from tests.images import EROFS, Layout, push
@@ -100,7 +101,7 @@ class RegistryTests(TestCase):
     async def layer(self) -> Any:
         reference = parse_reference(f"{self.registry.authority}/team/app:1")
         files = LoginFiles((str(self.directory / "absent.json"), str(self.config)))
-        store = open_store(reactor, reference, pool=self.pool, logins=files)
+        store = open_store(reactor, reference, RegistrySettings(logins=files), pool=self.pool)
         self.addCleanup(store.close)
         image = await store.resolve(AMD64)
         return store.blob(image.layers[0])

@@ -20,6 +20,7 @@ from erofs_twisted.registry.dockerconfig import LoginFiles
 from erofs_twisted.registry.errors import AccessDenied
 from erofs_twisted.registry.platform import Platform
 from erofs_twisted.registry.reference import parse_reference
+from erofs_twisted.registry.settings import RegistrySettings
 from erofs_twisted.registry.store import open_store
 from tests.images import EROFS, Layout, push
 from tests.servers import DockerRegistry, TokenServer
@@ -40,8 +41,9 @@ async def open_image() -> AsyncIterator[Opener]:
         registry: DockerRegistry, credentials: Credentials | None = None, logins: LoginFiles | None = None
     ) -> Any:
         reference = parse_reference(f"{registry.authority}/team/app:1")
+        settings = RegistrySettings(credentials=credentials, logins=logins)
         pool: Any = reactor.getThreadPool()  # type: ignore[attr-defined]
-        stores.append(open_store(reactor, reference, pool=pool, credentials=credentials, logins=logins))
+        stores.append(open_store(reactor, reference, settings, pool=pool))
         return stores[-1]
 
     yield open_one

@@ -18,6 +18,7 @@ from erofs_twisted.registry.errors import BlobUnreadable, NotInRegistry, Transfe
 from erofs_twisted.registry.manifest import ResolvedImage
 from erofs_twisted.registry.platform import Platform
 from erofs_twisted.registry.reference import parse_reference
+from erofs_twisted.registry.settings import RegistrySettings
 from erofs_twisted.registry.store import open_store
 from tests.images import EROFS, Layout, push
 from tests.servers import DockerRegistry, Nginx, Process, free_port, tool
@@ -43,7 +44,7 @@ class ServerTests(TestCase):
 
     def open(self, name: str, **how: Any) -> Any:
         no_pool: Any = None
-        store = open_store(reactor, parse_reference(name), pool=no_pool, **how)
+        store = open_store(reactor, parse_reference(name), RegistrySettings(**how), pool=no_pool)
         self.addCleanup(store.close)
         return store
 

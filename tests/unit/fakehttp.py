@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,12 +11,13 @@ from twisted.internet.error import ConnectionLost
 from twisted.internet.interfaces import IProtocol
 from twisted.internet.task import Clock
 from twisted.python.failure import Failure
-from twisted.web.client import ResponseDone, ResponseFailed, ResponseNeverReceived
+from twisted.web.client import RequestGenerationFailed, ResponseDone, ResponseFailed, ResponseNeverReceived
 from twisted.web.http import RESPONSES
 from twisted.web.http_headers import Headers
 from twisted.web.iweb import UNKNOWN_LENGTH, IAgent, IBodyProducer, IResponse
 from zope.interface import implementer
 
+from erofs_twisted.interfaces import Tell, silent
 from erofs_twisted.registry.transport import Transport
 
 
@@ -93,6 +93,7 @@ class FakeRequest:
     headers: Mapping[str, str]
     method: str = "GET"
     body: bytes = b""
+    producer: Any = None
     answer: Deferred[Any] = attrs.field(init=False)
     is_cancelled: bool = False
     response: FakeResponse | None = None
@@ -100,8 +101,30 @@ class FakeRequest:
     def __attrs_post_init__(self) -> None:
         self.answer = Deferred(self._cancelled)
 
+    def write(self, data: bytes) -> None:
+        """What the body's producer sees as its consumer."""
+        self.body += data
+
+    def produce(self, producer: Any, whole: Callable[[FakeRequest], object]) -> None:
+        """Take the body; ``whole`` is called once all of it is here."""
+        self.producer = producer
+
+        def done(_: object) -> None:
+            assert producer.length == len(self.body)
+            whole(self)
+
+        def failed(failure: Failure) -> None:
+            if not self.is_cancelled:
+                self.fail(RequestGenerationFailed([failure]))
+
+        producer.startProducing(self).addErrback(failed).addCallback(
+            lambda _: None if self.answer.called else done(_)
+        )
+
     def _cancelled(self, answer: Deferred[Any]) -> None:
         self.is_cancelled = True
+        if self.producer is not None:
+            self.producer.stopProducing()
         answer.errback(ResponseNeverReceived([Failure(CancelledError())]))  # as HTTP11ClientProtocol does
 
     def respond(
@@ -142,6 +165,8 @@ class FakeAgent:
     """Hands each request to ``answer``, which may answer it, or leave that to the test."""
 
     answer: Callable[[FakeRequest], object] = lambda request: None
+    early: Callable[[FakeRequest], object] = lambda request: None
+    """Sees a request before its body, and may answer it then."""
     requests: list[FakeRequest] = attrs.field(factory=list)
 
     def request(
@@ -155,13 +180,15 @@ class FakeAgent:
         flat = {
             name.decode().lower(): b", ".join(values).decode() for name, values in headers.getAllRawHeaders()
         }
-        body = io.BytesIO()
-        if bodyProducer is not None:
-            bodyProducer.startProducing(body)  # type: ignore[arg-type]
-            assert bodyProducer.length == len(body.getvalue())
-        request = FakeRequest(uri.decode(), flat, method.decode(), body.getvalue())
+        request = FakeRequest(uri.decode(), flat, method.decode())
         self.requests.append(request)
-        self.answer(request)
+        self.early(request)
+        if request.answer.called:
+            return request.answer
+        if bodyProducer is None:
+            self.answer(request)
+        else:
+            request.produce(bodyProducer, self.answer)
         return request.answer
 
     @property
@@ -175,9 +202,11 @@ class FakeAgent:
 
 def fake_transport(
     answer: Callable[[FakeRequest], object] | None = None,
+    tell: Tell = silent,
+    clock: Clock | None = None,
 ) -> tuple[FakeAgent, Clock, Transport]:
     """A transport over a `FakeAgent`, and the clock that both go by."""
     agent = FakeAgent(answer) if answer else FakeAgent()
-    clock = Clock()
+    clock = Clock() if clock is None else clock
     clock.advance(1_700_000_000)
-    return agent, clock, Transport.over_agent(clock, agent)
+    return agent, clock, Transport.over_agent(clock, agent, tell)

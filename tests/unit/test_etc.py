@@ -55,7 +55,7 @@ class UnitTests(SynchronousTestCase):
     def test_a_read_of_the_superblock_fails_by_itself_before_systemd_gives_up(self) -> None:
         (limit,) = (value for name, value in settings(self.unit) if name == "TimeoutStartSec")
         config = parsed(shlex.split("--image registry.example/app --mountpoint /mnt"))
-        self.assertGreater(float(limit.removesuffix("s")), config.image.io_timeout)
+        self.assertGreater(float(limit.removesuffix("s")), config.image.registry.io_timeout)
 
 
 class UdevTests(SynchronousTestCase):

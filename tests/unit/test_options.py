@@ -7,6 +7,7 @@ import os
 import platform
 import sys
 from pathlib import Path
+from unittest import mock
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,7 +17,9 @@ from twisted.trial.unittest import SynchronousTestCase
 from erofs_twisted.cli import commands
 from erofs_twisted.options import IMAGE_OPTIONS, MOUNT_OPTIONS, OptionError, read_image_config
 from erofs_twisted.registry.platform import Platform
+from erofs_twisted.registry.tlssettings import TLSSettings
 from erofs_twisted.tap import Options
+from tests.certificates import make_authority, pem
 from tests.commands import every_command
 
 IMAGE = ("--image", "registry.example/app:1.2")
@@ -49,7 +52,12 @@ class DefaultTests(OptionsTestCase):
         )
         self.assertEqual(
             (None, None, False, 120.0),
-            (config.image.layer, config.image.credentials, config.image.plain_http, config.image.io_timeout),
+            (
+                config.image.layer,
+                config.image.registry.credentials,
+                config.image.registry.plain_http,
+                config.image.registry.io_timeout,
+            ),
         )
 
     def test_the_platform_is_the_hosts_own(self) -> None:
@@ -104,14 +112,14 @@ class GivenTests(OptionsTestCase):
         file = self.secret_file("pass word\n")
         credentials = parse(
             *IMAGE, *WHERE, "--username", "me", "--password-file", file
-        ).config.image.credentials
+        ).config.image.registry.credentials
         self.assertEqual(("me", "pass word"), (credentials.username, credentials.password))
 
     def test_a_password_comes_from_standard_input(self) -> None:
         self.patch(sys, "stdin", io.StringIO("secret\r\n"))
         credentials = parse(
             *IMAGE, *WHERE, "--username", "me", "--password-file", "-"
-        ).config.image.credentials
+        ).config.image.registry.credentials
         self.assertEqual("secret", credentials.password)
 
     def test_the_cache_has_a_limit_if_one_is_given(self) -> None:
@@ -127,22 +135,36 @@ class GivenTests(OptionsTestCase):
     def test_logins_are_looked_for_where_the_environment_and_the_home_say(self) -> None:
         environ = {"DOCKER_CONFIG": "docker", "HOME": "/home/me", "PATH": "/bin"}
         self.patch(os, "environ", environ)
-        logins = parse(*IMAGE, *WHERE).config.image.logins
+        logins = parse(*IMAGE, *WHERE).config.image.registry.logins
         self.assertFalse(logins.is_named)
         self.assertEqual(os.path.abspath("docker/config.json"), logins.paths[0])
         self.assertEqual("/home/me/.config/containers/auth.json", logins.paths[-1])
 
     def test_logins_may_be_in_a_named_file(self) -> None:
         file = self.secret_file('{"auths": {}}')
-        logins = parse(*IMAGE, *WHERE, "--auth-file", os.path.relpath(file)).config.image.logins
+        logins = parse(*IMAGE, *WHERE, "--auth-file", os.path.relpath(file)).config.image.registry.logins
         self.assertEqual((True, (os.path.abspath(file),)), (logins.is_named, logins.paths))
+
+    def test_authorities_are_in_a_file_that_is_found_from_everywhere(self) -> None:
+        self.assertEqual(TLSSettings(), parse(*IMAGE, *WHERE).config.image.registry.tls)
+        file = self.secret_file(pem(make_authority("a")[1]).decode())
+        tls = parse(*IMAGE, *WHERE, "--tls-ca", os.path.relpath(file)).config.image.registry.tls
+        self.assertEqual((os.path.abspath(file),), tls.authorities)
+
+    def test_servers_that_are_not_verified_are_named_with_their_ports(self) -> None:
+        tls = parse(
+            *IMAGE, *WHERE, "--insecure-skip-verify", "a.example,[::1]:5000"
+        ).config.image.registry.tls
+        self.assertEqual({("a.example", 443), ("::1", 5000)}, tls.unverified)
 
     def test_the_shorthand_means_what_its_options_mean(self) -> None:
         config = parse(
             *IMAGE, *WHERE, "--oci=platform=linux/arm/v7,layer=3,username=me,password=a=b"
         ).config.image
         self.assertEqual(("linux/arm/v7", 3), (str(config.platform), config.layer))
-        self.assertEqual(("me", "a=b"), (config.credentials.username, config.credentials.password))
+        self.assertEqual(
+            ("me", "a=b"), (config.registry.credentials.username, config.registry.credentials.password)
+        )
 
 
 class RefusedTests(OptionsTestCase):
@@ -157,6 +179,26 @@ class RefusedTests(OptionsTestCase):
             self.assertTrue(str(error).startswith("--auth-file: "), error)
             self.assertIn(said, str(error))
             self.assertNotIn("hush", str(error))
+
+    def test_a_named_file_of_authorities_has_to_be_one(self) -> None:
+        for path, said in (
+            ("/nonexistent/ca.pem", "/nonexistent/ca.pem: No such file"),
+            (self.secret_file("hush"), "no PEM certificate"),
+            ("/dev/null", "/dev/null: not a file"),
+        ):
+            message = self.refuses("--tls-ca", path)
+            self.assertTrue(message.startswith("--tls-ca: "), message)
+            self.assertIn(said, message)
+
+    def test_a_file_of_authorities_that_the_mount_would_hide_is_refused(self) -> None:
+        file = os.path.abspath(self.secret_file(pem(make_authority("a")[1]).decode()))
+        link = os.path.abspath(self.mktemp())
+        os.symlink(os.path.dirname(file), link)
+        for mountpoint in (os.path.dirname(file), os.path.dirname(os.path.dirname(file)), link):
+            error = self.assertRaises(
+                usage.UsageError, parse, *IMAGE, "--mountpoint", mountpoint, "--tls-ca", file
+            )
+            self.assertIn("below the mount point", str(error))
 
     def test_a_user_and_a_file_of_logins_are_one_too_many(self) -> None:
         who = ("--username", "me", "--password-file", self.secret_file("x"))
@@ -177,6 +219,8 @@ class RefusedTests(OptionsTestCase):
             "--attach": ("loop", ""),
             "--cache-size": ("0", "-1", "20 G", "lots", "1P", ""),
             "--trace": ("on", "", "AUTO"),
+            "--tls-ca": ("", "/"),
+            "--insecure-skip-verify": ("", "https://a.example", "*", "a:0", "::1"),
             "--on-stop": ("never",),
             "--nbd-io-timeout": ("-1", "1s"),
             "--nbd-timeout": ("x",),
@@ -229,6 +273,27 @@ class RefusedTests(OptionsTestCase):
             read_image_config("registry.example/app", {option: text})
         except OptionError as error:
             self.assertIn("--", str(error))
+
+
+class EnvironmentTests(OptionsTestCase):
+    """What is read beside the options."""
+
+    def test_proxies_are_those_of_the_environment(self) -> None:
+        with mock.patch.dict(os.environ, {"HTTPS_PROXY": "proxy.example:3128"}):
+            proxy = parse(*IMAGE, *WHERE).config.image.registry.proxies.proxy_for("https://registry.example/")
+        assert proxy is not None
+        self.assertEqual("http://proxy.example:3128", proxy.url)
+
+    def test_a_proxy_that_cannot_be_used_is_refused_by_its_variable(self) -> None:
+        with mock.patch.dict(os.environ, {"HTTPS_PROXY": "socks5://me:hunter2@proxy.example"}):
+            message = self.refuses()
+        self.assertTrue(message.startswith("HTTPS_PROXY: proxies that speak socks5"), message)
+        self.assertNotIn("hunter2", message)
+
+    def test_an_image_on_disk_needs_no_proxy_that_can_be_used(self) -> None:
+        with mock.patch.dict(os.environ, {"HTTPS_PROXY": "socks5://proxy.example"}):
+            config = parse("--image", "oci:/srv/layout", *WHERE).config
+        self.assertIsNone(config.image.registry.proxies.https)
 
 
 class HelpTests(SynchronousTestCase):

@@ -188,6 +188,25 @@ class BearerTests(AuthTests):
         asked = self.agent.urls[-2]
         self.assertEqual(f"{REALM}?scope=repository%3Ab%3Apull&scope=repository%3Aa%3Apull", asked)
 
+    def test_several_scopes_in_a_challenge_are_asked_for_one_by_one(self) -> None:
+        self.challenge = f'Bearer realm="{REALM}",scope="repository:b:pull  repository:a:pull,push"'
+        self.status()
+        asked = f"{REALM}?scope=repository%3Ab%3Apull&scope=repository%3Aa%3Apull%2Cpush"
+        self.assertEqual(asked, self.agent.urls[1])
+
+    def test_a_branch_asks_for_its_own_scopes_too_and_first_where_it_need_not_be_told(self) -> None:
+        for before in (False, True):
+            self.make_session()
+            if before:
+                self.status()
+            self.session = self.session.apart("repository:b:pull")
+            self.agent.requests.clear()
+            self.assertEqual(200, self.status())
+            wanted = ["repository%3Aa%3Apull", "repository%3Ab%3Apull"]
+            scopes = "&".join(f"scope={scope}" for scope in (reversed(wanted) if before else wanted))
+            (asked,) = [url for url in self.agent.urls if url.startswith(REALM)]
+            self.assertTrue(asked.endswith(scopes), asked)
+
     def test_however_many_requests_wait_one_token_is_fetched(self) -> None:
         held = self.hold_tokens()
         waiting = [self.get() for _ in range(20)]

@@ -15,20 +15,18 @@ from zope.interface.verify import verifyObject
 
 from erofs_twisted.errors import RangesIgnored, ReadError
 from erofs_twisted.interfaces import IBlobReader
-from erofs_twisted.registry.auth import Authorizer
 from erofs_twisted.registry.blob import MAX_MISTAKES, SLICED, BlobReader
 from erofs_twisted.registry.digest import Digest
 from erofs_twisted.registry.errors import BlobUnreadable
-from erofs_twisted.registry.location import WHOLE_ANSWERS
+from erofs_twisted.registry.location import FIRST_WHOLE_ANSWERS, WHOLE_ANSWERS
 from erofs_twisted.registry.manifest import Descriptor
 from erofs_twisted.registry.retry import Backoff
-from erofs_twisted.registry.session import Session
-from erofs_twisted.registry.urls import Origin
+from tests.unit.fakehosts import fake_host
 from tests.unit.fakehttp import FakeRequest, FakeResponse, fake_transport
 
-URL = "https://r.example/v2/a/blobs/x"
 CDN = "https://cdn.example/x?signature=secret"
 BLOB = bytes(range(256)) * 4
+URL = f"https://r.example/v2/a/blobs/{Digest.of(BLOB)}"
 
 
 class BlobTests(SynchronousTestCase):
@@ -39,10 +37,8 @@ class BlobTests(SynchronousTestCase):
 
     def make(self, blob: bytes, size: int | None = None) -> None:
         self.agent, self.clock, transport = fake_transport()
-        origin = Origin.of(URL)
-        session = Session(transport, origin, Authorizer(transport, origin, "repository:a:pull"))
         descriptor = Descriptor("application/vnd.erofs", Digest.of(blob), len(blob) if size is None else size)
-        self.reader = BlobReader(session, URL, descriptor, 100.0, Backoff(random=lambda: 1.0))
+        self.reader = BlobReader([fake_host(transport)], descriptor, 100.0, Backoff(random=lambda: 1.0))
         self.got: list[bytes] = []
 
     def read(self, offset: int, length: int) -> Deferred[None]:
@@ -267,7 +263,7 @@ class WholeBlobTests(BlobTests):
         size = SLICED + 1
         self.make(b"", size)
         done = self.read(0, size - 1)
-        for attempt in range(WHOLE_ANSWERS):
+        for attempt in range(FIRST_WHOLE_ANSWERS):
             request = self.agent.last if attempt == 0 else self.retry(done)
             self.assertTrue(request.respond(200, None, length=size).is_aborted)
         self.failureResultOf(done, RangesIgnored)

@@ -8,7 +8,7 @@ from twisted.internet.defer import CancelledError
 from twisted.internet.error import ConnectionRefusedError
 
 from tests.unit.fakehttp import FakeResponse
-from tests.unit.test_registry_blob import BLOB, BlobTests
+from tests.unit.test_registry_blob import BLOB, URL, BlobTests
 
 
 class RetryTests(BlobTests):
@@ -116,7 +116,7 @@ class RetryTests(BlobTests):
         while not done.called or done.paused:
             self.clock.advance(0.25)
             self.assertLess(self.clock.seconds() - begun, 101)
-        self.assertIn("within 100 seconds: https://r.example/v2/a/blobs/x: 503", self.refusal(done))
+        self.assertIn(f"within 100 seconds: {URL}: 503", self.refusal(done))
         self.assertLess(len(self.agent.requests), 30)
 
     def test_a_server_that_asks_for_an_hour_is_not_waited_for_in_vain(self) -> None:

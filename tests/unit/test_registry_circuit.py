@@ -14,14 +14,16 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from erofs_twisted.errors import ReadError
 from erofs_twisted.registry.circuit import PATIENCE, SUSPICIOUS, Circuit, Turn
-from erofs_twisted.registry.errors import BlobUnreadable, TransferFailed, Unreachable
+from erofs_twisted.registry.errors import BlobUnreadable, Busy, TransferFailed, Unreachable
 from erofs_twisted.registry.retry import Backoff
+from erofs_twisted.registry.window import MOST
 from tests.unit.fakehttp import FakeRequest
 from tests.unit.test_registry_blob import BLOB, URL, BlobTests
 
 BACKOFF = Backoff(random=lambda: 1.0)
 AWAY = Unreachable("refused", temporary=True)
-BUSY = TransferFailed("503", temporary=True)
+FAILED = TransferFailed("502", temporary=True)
+BUSY = Busy("503", temporary=True)
 
 
 class CircuitTests(SynchronousTestCase):
@@ -51,24 +53,86 @@ class CircuitTests(SynchronousTestCase):
 
     def test_one_error_of_another_kind_does_not(self) -> None:
         for _ in range(SUSPICIOUS - 1):
-            self.fail_one(BUSY)
+            self.fail_one(FAILED)
             self.assertFalse(self.circuit.is_open)
-        self.fail_one(BUSY)
+        self.fail_one(FAILED)
         self.assertTrue(self.circuit.is_open)
 
     def test_an_answer_in_between_starts_the_count_anew(self) -> None:
         for _ in range(10):
-            self.fail_one(BUSY)
+            self.fail_one(FAILED)
             self.turn().answered()
         self.assertFalse(self.circuit.is_open)
 
     def test_a_pause_that_is_asked_for_is_everybodys(self) -> None:
-        self.fail_one(TransferFailed("429", temporary=True, retry_after=20.0))
+        for _ in range(SUSPICIOUS):
+            self.fail_one(Busy("429", temporary=True, retry_after=20.0))
         waiting = self.enter()
         self.clock.advance(19.9)
         self.assertNoResult(waiting)
-        self.clock.advance(0.4)
+        self.clock.advance(2.2)
         self.successResultOf(waiting)
+
+    def test_one_that_is_told_to_come_back_is_no_sign_of_an_outage(self) -> None:
+        self.fail_one(Busy("429", temporary=True, retry_after=20.0))
+        self.assertFalse(self.circuit.is_open)
+        self.turn()
+
+    def test_after_a_refusal_there_are_half_as_many_at_a_time(self) -> None:
+        turns = [self.turn() for _ in range(20)]
+        self.fail_one(BUSY, turns.pop())
+        waiting = self.enter()
+        for _ in range(9):
+            turns.pop().leave()
+            self.assertNoResult(waiting)
+        turns.pop().leave()
+        self.successResultOf(waiting)
+
+    def test_each_answer_lets_one_more_in_until_there_is_no_limit(self) -> None:
+        self.fail_one(BUSY)
+        first = self.turn()
+        waiting = [self.enter() for _ in range(2 * MOST)]
+        self.assertNoResult(waiting[0])
+        first.answered()
+        self.successResultOf(waiting[0])
+        self.assertNoResult(waiting[1])
+        for _ in range(MOST):
+            first.answered()
+        for each in waiting:
+            self.successResultOf(each)
+
+    def test_who_leaves_twice_makes_room_for_one(self) -> None:
+        self.fail_one(BUSY)
+        first = self.turn()
+        waiting = [self.enter() for _ in range(2)]
+        first.leave()
+        first.leave()
+        self.successResultOf(waiting[0])
+        self.assertNoResult(waiting[1])
+
+    def test_while_it_refuses_all_an_answer_to_an_older_request_means_nothing(self) -> None:
+        old, *turns = [self.turn() for _ in range(1 + SUSPICIOUS)]
+        for turn in turns:
+            self.fail_one(BUSY, turn)
+        old.answered()
+        self.assertTrue(self.circuit.is_open)
+        self.clock.advance(10)
+        self.turn().answered()
+        self.assertFalse(self.circuit.is_open)
+
+    def test_after_it_refused_all_it_begins_with_few_at_a_time(self) -> None:
+        for _ in range(SUSPICIOUS):
+            self.fail_one(BUSY)
+        self.clock.advance(10)
+        probe, *waiting = [self.enter() for _ in range(5)]
+        self.successResultOf(probe).answered()
+        self.assertEqual([True, False, False, False], [each.called for each in waiting])
+
+    def test_what_was_heard_otherwise_counts_too(self) -> None:
+        self.circuit.heard().failed(AWAY, 100, BACKOFF)
+        self.assertTrue(self.circuit.is_open)
+        self.circuit.heard().answered()
+        self.assertFalse(self.circuit.is_open)
 
     def test_one_probes_while_the_others_wait(self) -> None:
         self.fail_one(AWAY)
@@ -161,14 +225,17 @@ class CircuitMachine(RuleBasedStateMachine):
     def entered(self, turn: Turn, waiting: Any) -> None:
         self.turns.append(turn)
 
+    def under_way(self) -> list[Turn]:
+        return [turn for turn in self.turns if turn.opening == self.circuit._openings]
+
     @precondition(lambda self: self.turns)
-    @rule(data=st.data(), error=st.sampled_from([None, AWAY, BUSY, "cancelled"]))
+    @rule(data=st.data(), error=st.sampled_from([None, AWAY, FAILED, BUSY, "cancelled"]))
     def end(self, data: Any, error: Any) -> None:
         turn = self.turns.pop(data.draw(st.integers(0, len(self.turns) - 1)))
         if error is None:
+            is_old = turn.opening < self.circuit._openings
             turn.answered()
-            assert not self.circuit.is_open
-            assert not self.unserved()
+            assert is_old or not self.circuit.is_open
         elif error != "cancelled":
             turn.failed(error, 100, BACKOFF)
         turn.leave()
@@ -187,11 +254,14 @@ class CircuitMachine(RuleBasedStateMachine):
 
     @invariant()
     def who_waits_has_somebody_who_will_wake_it(self) -> None:
-        if self.unserved():
-            assert self.circuit.is_open
-            assert len(self.clock.getDelayedCalls()) == 1
+        timers = len(self.clock.getDelayedCalls())
+        if not self.unserved():
+            assert timers == 0
+        elif self.circuit.is_open:
+            assert timers == 1
         else:
-            assert not self.clock.getDelayedCalls()
+            assert timers == 0
+            assert self.under_way(), "those that leave let others in"
 
 
 CircuitMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)

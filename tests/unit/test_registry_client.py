@@ -22,7 +22,6 @@ from erofs_twisted.registry.errors import (
     PlatformMissing,
     TransferFailed,
 )
-from erofs_twisted.registry.keychain import Given
 from erofs_twisted.registry.manifest import (
     MAX_MANIFEST,
     OCI_INDEX,
@@ -31,8 +30,7 @@ from erofs_twisted.registry.manifest import (
     ResolvedImage,
 )
 from erofs_twisted.registry.platform import Platform
-from erofs_twisted.registry.reference import ImageReference, parse_reference
-from erofs_twisted.registry.retry import Backoff
+from tests.unit.fakehosts import fake_store
 from tests.unit.fakehttp import FakeRequest, fake_transport
 
 AMD64 = Platform.parse("linux/amd64")
@@ -90,10 +88,7 @@ class ClientTests(SynchronousTestCase):
     def store(
         self, text: str, credentials: Credentials | None = None, plain_http: bool = False
     ) -> RegistryStore:
-        reference = parse_reference(text)
-        assert isinstance(reference, ImageReference)
-        backoff = Backoff(random=lambda: 1.0)
-        return RegistryStore(reference, self.transport, Given(credentials), plain_http, backoff=backoff)
+        return fake_store(self.transport, text, credentials=credentials, plain_http=plain_http)
 
     def begin(self, text: str, **how: Any) -> Deferred[ResolvedImage]:
         return self.store(text, **how).resolve(AMD64)

@@ -15,10 +15,9 @@ from erofs_twisted.registry.digest import Digest
 from erofs_twisted.registry.documents import DocumentFiles
 from erofs_twisted.registry.errors import NotInRegistry
 from erofs_twisted.registry.manifest import OCI_MANIFEST, ResolvedImage
-from erofs_twisted.registry.reference import ImageReference, parse_reference
 from erofs_twisted.registry.resolution import Document
-from erofs_twisted.registry.retry import Backoff
 from tests.unit.blobs import ThreadlessPool, ThreadlessReactor
+from tests.unit.fakehosts import fake_store
 from tests.unit.test_registry_client import AMD64, INDEX, MANIFEST, ClientTests
 
 DOCUMENT = Document(Digest.of(MANIFEST), OCI_MANIFEST, MANIFEST)
@@ -92,10 +91,7 @@ class FileTests(DocumentCase):
 
 class ResolveTests(DocumentCase):
     def store(self, text: str, *_: Any, **__: Any) -> RegistryStore:
-        reference = parse_reference(text)
-        assert isinstance(reference, ImageReference)
-        backoff = Backoff(random=lambda: 1.0)
-        return RegistryStore(reference, self.transport, documents=self.files, backoff=backoff)
+        return fake_store(self.transport, text, documents=self.files)
 
     def again(self, text: str) -> tuple[ResolvedImage, list[str]]:
         """What a reference leads to the second time, and the requests for it."""

@@ -8,17 +8,15 @@ from twisted.internet.defer import Deferred
 from twisted.internet.error import ConnectionLost, ConnectionRefusedError
 from twisted.trial.unittest import SynchronousTestCase
 
-from erofs_twisted.registry.auth import Authorizer
 from erofs_twisted.registry.blob import BlobReader
 from erofs_twisted.registry.digest import Digest
 from erofs_twisted.registry.manifest import Descriptor
 from erofs_twisted.registry.retry import Backoff
-from erofs_twisted.registry.session import Session
-from erofs_twisted.registry.urls import Origin
+from tests.unit.fakehosts import fake_host
 from tests.unit.fakehttp import FakeRequest, fake_transport
 
-URL = "https://r.example/v2/a/blobs/x"
 BLOB = random.Random(0).randbytes(64 * 1024)
+URL = f"https://r.example/v2/a/blobs/{Digest.of(BLOB)}"
 IN_FLIGHT = 16
 RANGES = 400
 RATE = 0.2
@@ -82,10 +80,10 @@ class FaultTests(SynchronousTestCase):
         """Read many ranges, a few at a time, each of them rightly; the seconds that it takes."""
         self.setUp()
         self.random, self.rate, self.redirects = random.Random(seed), rate, redirects
-        origin = Origin.of(URL)
-        session = Session(self.transport, origin, Authorizer(self.transport, origin, "repository:a:pull"))
         descriptor = Descriptor("application/vnd.erofs", Digest.of(BLOB), len(BLOB))
-        reader = BlobReader(session, URL, descriptor, 120.0, Backoff(random=self.random.random))
+        reader = BlobReader(
+            [fake_host(self.transport)], descriptor, 120.0, Backoff(random=self.random.random)
+        )
         left = iter(range(RANGES))
 
         async def lane() -> None:

@@ -17,6 +17,7 @@ from erofs_twisted.registry.contentrange import (
     parse_content_range,
 )
 from erofs_twisted.registry.errors import InvalidHeader, RegistryError
+from erofs_twisted.registry.link import MAX_LENGTH, next_target
 from erofs_twisted.registry.retry import Backoff, parse_retry_after
 from erofs_twisted.registry.urls import Origin, redacted, resolve_location, with_parameters
 
@@ -275,3 +276,43 @@ class UrlTests(SynchronousTestCase):
             "https://a.example/t?x=1&service=a+b&scope=c%3Ad",
             with_parameters("https://a.example/t?x=1", [("service", "a b"), ("scope", "c:d")]),
         )
+
+
+class LinkTests(SynchronousTestCase):
+    def check(self, expected: str | None, *lines: str) -> None:
+        self.assertEqual(expected, next_target(lines))
+
+    def test_the_target_stands_between_angle_brackets(self) -> None:
+        self.check("/v2/a/referrers/b?n=2", '</v2/a/referrers/b?n=2>; rel="next"')
+
+    def test_quotes_and_case_do_not_matter(self) -> None:
+        for text in ("rel=next", 'REL="Next"', ' rel = "next" ', "rel=NEXT"):
+            self.check("?2", f"<?2>;{text}")
+
+    def test_a_link_may_have_several_relations_and_other_parameters(self) -> None:
+        self.check("?2", '<?2>; title="a, \\"b\\"; <c>"; rel="last next"; flag')
+
+    def test_only_the_first_rel_counts(self) -> None:
+        self.check(None, '<?2>; rel="prev"; rel="next"')
+
+    def test_others_are_passed_over(self) -> None:
+        self.check("?3", '<?1>; rel="prev", <?2>,, <?3>; rel=next')
+        self.check("?3", "<?1>; rel=prev", "<?3>; rel=next")
+
+    def test_without_one_there_is_none(self) -> None:
+        self.check(None)
+        for text in ("", "nonsense", "<?2>", "<?2>; rel=nextpage", '<?2>; title="rel=next"', "?2; rel=next"):
+            self.check(None, text)
+
+    def test_a_line_of_any_length_ends(self) -> None:
+        self.check(None, "<?1>," * MAX_LENGTH + "<?2>; rel=next")
+
+    @given(st.text('<>;,="\\ relnxt?2\t', max_size=80))
+    def test_anything_can_be_read(self, line: str) -> None:
+        target = next_target([line])
+        self.assertTrue(target is None or ("next" in line and target in line))
+
+    @given(st.text("abc/?=&,;%", max_size=20), st.lists(st.sampled_from(["prev", "first", "x"]), max_size=3))
+    def test_what_was_written_is_read(self, target: str, others: list[str]) -> None:
+        links = [f'<{target}{number}>; rel="{name}"' for number, name in enumerate(others)]
+        self.check(target, ", ".join([*links, f'<{target}>; rel="next"']))

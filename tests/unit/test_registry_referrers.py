@@ -12,8 +12,8 @@ from erofs_twisted.registry.client import RegistryStore
 from erofs_twisted.registry.credentials import Credentials
 from erofs_twisted.registry.digest import Digest
 from erofs_twisted.registry.errors import AccessDenied, DigestMismatch, InvalidManifest, RegistryError
-from erofs_twisted.registry.keychain import Given
 from erofs_twisted.registry.manifest import (
+    MAX_MANIFEST,
     OCI_INDEX,
     OCI_MANIFEST,
     Descriptor,
@@ -23,9 +23,11 @@ from erofs_twisted.registry.manifest import (
 )
 from erofs_twisted.registry.platform import Platform
 from erofs_twisted.registry.push import EMPTY, Artifact
-from erofs_twisted.registry.reference import ImageReference, parse_reference
-from erofs_twisted.registry.referrers import fallback_tag
+from erofs_twisted.registry.reference import parse_reference
+from erofs_twisted.registry.referrers import MAX_PAGES, fallback_tag
+from erofs_twisted.registry.repository import ATTEMPTS
 from erofs_twisted.registry.retry import Backoff
+from tests.unit.fakehosts import fake_store
 from tests.unit.fakehttp import FakeRequest, fake_transport
 from tests.unit.test_registry_client import MANIFEST, describe, encode, index_of
 
@@ -60,10 +62,8 @@ class ReferrersTestCase(SynchronousTestCase):
         self.etag = '"1"'
 
     def store(self, credentials: Credentials | None = None) -> RegistryStore:
-        reference = parse_reference("r.example/team/app:1")
-        assert isinstance(reference, ImageReference)
         backoff = Backoff(random=lambda: 0.0)
-        return RegistryStore(reference, self.transport, Given(credentials), backoff=backoff)
+        return fake_store(self.transport, "r.example/team/app:1", credentials=credentials, backoff=backoff)
 
     def image(self) -> ResolvedImage:
         manifest = parse_manifest(MANIFEST)
@@ -145,17 +145,90 @@ class ListTests(ReferrersTestCase):
         self.assertEqual({"artifactType": [TYPE]}, parse_qs(urlsplit(request.url).query))
         self.assertEqual(OCI_INDEX, request.headers["accept"])
 
-    def test_a_long_list_is_read_page_by_page_and_not_for_ever(self) -> None:
-        pages = []
+    def serve_pages(self, count: int, after: str = "</v2/team/app/referrers/x?n={page}>; rel=next") -> None:
+        """A list of ``count`` pages of one entry each; ``after`` is the link to the one with that number."""
+        self.served = 0
 
         def respond_list(request: FakeRequest) -> None:
-            pages.append(request.url)
-            link = f'<{BASE}/other>; rel="prev", </v2/team/app/referrers/x?n={len(pages)}>; rel="next"'
-            request.respond(200, index_of(referrer(len(pages))), Content_Type=OCI_INDEX, Link=link)
+            self.served += 1
+            headers = {"Content_Type": OCI_INDEX}
+            if self.served < count:
+                headers["Link"] = f'<{BASE}/other>; rel="prev", ' + after.format(page=self.served)
+            request.respond(200, index_of(referrer(self.served)), **headers)
 
         self.patch(self, "respond_list", respond_list)
-        self.assertEqual([referrer(number)["digest"] for number in (1, 2, 3, 4)], self.list())
-        self.assertEqual([f"{BASE}/referrers/x?n={number}" for number in (1, 2, 3)], pages[1:])
+
+    def test_a_long_list_is_read_page_by_page(self) -> None:
+        self.serve_pages(MAX_PAGES)
+        self.assertEqual([referrer(1 + page)["digest"] for page in range(MAX_PAGES)], self.list())
+        expected = [f"{BASE}/referrers/x?n={page}" for page in range(1, MAX_PAGES)]
+        self.assertEqual(expected, self.agent.urls[1:])
+
+    def test_a_list_without_end_is_an_error_after_many_pages(self) -> None:
+        self.serve_pages(1_000_000)
+        found = self.store().referrers(SUBJECT, TYPE)
+        self.assertIn(f"more than {MAX_PAGES} pages", str(self.failureResultOf(found, RegistryError).value))
+        self.assertEqual(MAX_PAGES, self.served)
+
+    def test_a_list_of_large_pages_is_an_error_before_it_fills_the_memory(self) -> None:
+        page = index_of(referrer(1)).ljust(MAX_MANIFEST)
+
+        def respond_list(request: FakeRequest) -> None:
+            request.respond(200, page, Content_Type=OCI_INDEX, Link="<?more>; rel=next")
+
+        self.patch(self, "respond_list", respond_list)
+        found = self.store().referrers(SUBJECT, TYPE)
+        self.assertIn("bytes that are allowed", str(self.failureResultOf(found, RegistryError).value))
+        self.assertEqual(5, len(self.agent.requests))
+
+    def test_a_page_at_another_host_is_asked_for_without_credentials(self) -> None:
+        self.wants = "repository:team/app:pull"
+        self.serve_pages(2, "<https://elsewhere.example/v2/team/app/referrers/x>; rel=next")
+        real = self.answer
+
+        def answer(request: FakeRequest) -> None:
+            if request.url.startswith("https://elsewhere.example/"):
+                self.assertNotIn("authorization", request.headers)
+                self.respond_list(request)
+            else:
+                real(request)
+
+        self.agent.answer = answer
+        self.assertEqual([referrer(1)["digest"], referrer(2)["digest"]], self.list())
+
+    def test_a_page_without_tls_is_refused(self) -> None:
+        self.serve_pages(2, "<http://r.example/v2/team/app/referrers/x>; rel=next")
+        found = self.store().referrers(SUBJECT, TYPE)
+        self.assertIn("--plain-http", str(self.failureResultOf(found, RegistryError).value))
+
+    def test_a_later_page_that_fails_is_an_error_and_no_shorter_list(self) -> None:
+        self.manifests[TAG] = (index_of(referrer(9)), OCI_INDEX)
+        for status in (404, 500):
+            self.serve_pages(2)
+            self.statuses = {"GET referrers/x": [status]}
+            found = self.store().referrers(SUBJECT, TYPE)
+            self.assertIn(str(status), str(self.failureResultOf(found, RegistryError).value))
+
+    def test_a_later_page_that_is_no_list_is_an_error(self) -> None:
+        bodies = [index_of(referrer(1)), b"<html>"]
+
+        def respond_list(request: FakeRequest) -> None:
+            request.respond(200, bodies.pop(0), Content_Type=OCI_INDEX, Link="<?more>; rel=next")
+
+        self.patch(self, "respond_list", respond_list)
+        self.failureResultOf(self.store().referrers(SUBJECT, TYPE), InvalidManifest)
+
+    def test_an_empty_list_is_one(self) -> None:
+        self.assertEqual([], self.list())
+        self.assertEqual(1, len(self.agent.requests))
+
+    def test_a_filter_that_the_registry_says_it_applied_is_applied_again(self) -> None:
+        def respond_list(request: FakeRequest) -> None:
+            body = index_of(referrer(1, "application/other"), referrer(2))
+            request.respond(200, body, Content_Type=OCI_INDEX, OCI_Filters_Applied="artifactType")
+
+        self.patch(self, "respond_list", respond_list)
+        self.assertEqual([referrer(2)["digest"]], self.list())
 
     def test_a_web_page_is_not_taken_for_a_list(self) -> None:
         def respond_list(request: FakeRequest) -> None:
@@ -275,7 +348,7 @@ class PushTests(ReferrersTestCase):
         for _ in range(10):
             self.clock.advance(1)
         self.assertIn("503", str(self.failureResultOf(pushed, RegistryError).value))
-        self.assertEqual(6, len(self.statuses["POST blobs"]))
+        self.assertEqual(10 - ATTEMPTS, len(self.statuses["POST blobs"]))
 
     def test_who_may_not_push_is_told_so_with_the_cure(self) -> None:
         for where in ("POST blobs", "PUT uploads", "PUT manifests"):

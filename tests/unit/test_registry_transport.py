@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from OpenSSL import SSL
-from service_identity import VerificationError
 from treq.testing import RequestTraversalAgent
 from twisted.internet.address import IPv4Address
 from twisted.internet.defer import CancelledError, Deferred
@@ -15,6 +14,7 @@ from twisted.internet.error import (
     ConnectionRefusedError,
     DNSLookupError,
 )
+from twisted.internet.task import Clock
 from twisted.internet.testing import MemoryReactorClock, StringTransport
 from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
@@ -26,6 +26,7 @@ from twisted.web.server import Request
 
 from erofs_twisted.registry.answers import errors_text, status_error
 from erofs_twisted.registry.body import SMALL_BODY, abandon, discard, read_body, receive
+from erofs_twisted.registry.content import _Producer
 from erofs_twisted.registry.errors import AccessDenied, NotInRegistry, TransferFailed
 from erofs_twisted.registry.transport import (
     MAX_HOSTS,
@@ -35,6 +36,7 @@ from erofs_twisted.registry.transport import (
     _Client,
     _Endpoints,
 )
+from erofs_twisted.registry.verdict import CertificateRefused
 from tests.unit.fakehttp import FakeResponse, fake_transport
 
 URL = "https://a.example/x?signature=secret"
@@ -249,19 +251,35 @@ class TransportTests(SynchronousTestCase):
     def test_no_query_gets_into_a_message(self) -> None:
         self.assertNotIn("secret", str(self.failure(ConnectionRefusedError())))
 
-    def test_an_untrusted_certificate_is_permanent_and_names_the_cure(self) -> None:
-        untrusted = SSL.Error([("SSL routines", "", "certificate verify failed")])
-        error = self.failure(ResponseNeverReceived([Failure(untrusted)]))
+    def test_a_certificate_that_is_refused_is_permanent_and_says_why(self) -> None:
+        error = self.failure(ResponseNeverReceived([Failure(CertificateRefused("it has expired"))]))
         self.assertFalse(error.temporary)
-        self.assertIn("SSL_CERT_FILE", str(error))
+        self.assertEqual("https://a.example/x?…: TLS failed: it has expired", str(error))
 
-    def test_a_server_without_tls_names_the_cure(self) -> None:
-        plain = SSL.Error([("SSL routines", "", "wrong version number")])
-        self.assertIn("--plain-http", str(self.failure(ResponseNeverReceived([Failure(plain)]))))
+    def tls_failure(self, words: str) -> TransferFailed:
+        return self.failure(ResponseNeverReceived([Failure(SSL.Error([("SSL routines", "", words)]))]))
 
-    def test_a_certificate_of_another_host_is_permanent(self) -> None:
-        error = self.failure(ResponseNeverReceived([Failure(VerificationError(errors=[]))]))
-        self.assertFalse(error.temporary)
+    def test_what_a_server_finds_wrong_with_tls_is_permanent_and_names_the_cure(self) -> None:
+        for words, said in (
+            ("wrong version number", "--plain-http"),
+            ("unsupported protocol", "1.2 is the oldest"),
+            ("tlsv1 alert protocol version", "1.2 is the oldest"),
+            ("tlsv13 alert certificate required", "wants a client certificate"),
+            ("ssl/tls alert bad certificate", "NAME.cert with NAME.key"),
+            ("ssl/tls alert handshake failure", "NAME.cert with NAME.key"),
+            ("tlsv1 alert unknown ca", "authority of our client certificate"),
+            ("tlsv1 unrecognized name", "unrecognized name"),
+            ("something new", "TLS failed: something new"),
+        ):
+            with self.subTest(words=words):
+                error = self.tls_failure(words)
+                self.assertFalse(error.temporary)
+                self.assertIn(said, str(error))
+                self.assertIn(words, str(error))
+
+    def test_what_is_damaged_on_the_way_is_temporary(self) -> None:
+        for words in ("decryption failed or bad record mac", "tlsv1 alert internal error"):
+            self.assertTrue(self.tls_failure(words).temporary)
 
     def test_what_is_no_failure_of_the_network_is_not_dressed_up_as_one(self) -> None:
         got = self.get()
@@ -330,6 +348,86 @@ class ConnectionTests(SynchronousTestCase):
         self.assertEqual(PIECE, transport.bufferSize)
 
 
+class EarlyAnswerTests(SynchronousTestCase):
+    """What a server says before it has all of a request's body."""
+
+    def setUp(self) -> None:
+        self.quiet: list[object] = []
+        self.client = _Client(self.quiet.append)
+        self.wire: Any = StringTransport()
+        self.wire.abortConnection = lambda: setattr(self.wire, "is_aborted", True)
+        self.wire.is_aborted = False
+        self.client.makeConnection(self.wire)
+        self.extended: list[float] = []
+        self.reads: list[Deferred[bytes]] = []
+        self.producer = _Producer(self, 2000, self.extended.append, 60.0)  # type: ignore[arg-type]
+        headers = Headers({b"Host": [b"a"]})
+        self.answer = self.client.request(HTTPRequest(b"PUT", b"/", headers, self.producer, persistent=True))
+        self.addCleanup(lambda: self.assertEqual([], self.quiet))
+
+    def read(self, offset: int, length: int) -> Deferred[bytes]:
+        """What the producer reads, when a test says so."""
+        self.reads.append(Deferred())
+        return self.reads[-1]
+
+    def close(self) -> None:
+        """What the producer reads from is closed."""
+        self.is_closed = True
+
+    def check(self, body: bytes) -> None:
+        response = self.successResultOf(self.answer)
+        self.assertEqual(401, response.code)
+        got = read_body(response, 100, Clock(), 10)
+        if not got.called:
+            self.client.dataReceived(body)
+        self.assertEqual(b"refused", self.successResultOf(got))
+        self.assertTrue(self.wire.is_aborted)
+        self.assertIsNone(self.wire.producer)
+        self.reads[0].callback(bytes(2000))
+        self.assertTrue(self.is_closed)
+        self.assertNotIn(bytes(10), self.wire.value())
+        self.client.connectionLost(Failure(ConnectionLost()))
+
+    def test_it_counts_at_once_and_ends_the_connection(self) -> None:
+        self.client.dataReceived(b"HTTP/1.1 401 No\r\nContent-Length: 7\r\n\r\nrefused")
+        self.check(b"")
+
+    def test_it_may_come_in_pieces(self) -> None:
+        self.client.dataReceived(b"HTTP/1.1 401 No\r\nConte")
+        self.assertNoResult(self.answer)
+        self.client.dataReceived(b"nt-Length: 7\r\n\r\n")
+        self.check(b"refused")
+
+    def test_it_may_have_no_body(self) -> None:
+        self.client.dataReceived(b"HTTP/1.1 401 No\r\nContent-Length: 0\r\n\r\n")
+        self.assertEqual(401, self.successResultOf(self.answer).code)
+        self.assertTrue(self.wire.is_aborted)
+
+    def test_a_provisional_one_is_none(self) -> None:
+        self.client.dataReceived(b"HTTP/1.1 100 Continue\r\n\r\n")
+        self.assertNoResult(self.answer)
+        self.reads[0].callback(bytes(2000))
+        self.assertIn(bytes(2000), self.wire.value())
+        self.client.dataReceived(b"HTTP/1.1 201 Created\r\nContent-Length: 0\r\n\r\n")
+        self.assertEqual(201, self.successResultOf(self.answer).code)
+        self.assertFalse(self.wire.is_aborted)
+        self.assertEqual([self.client], self.quiet)
+        self.quiet.clear()
+
+    def test_an_answer_after_all_of_the_body_keeps_the_connection(self) -> None:
+        self.reads[0].callback(bytes(2000))
+        self.client.dataReceived(b"HTTP/1.1 401 No\r\nContent-Length: 0\r\n\r\n")
+        self.assertEqual(401, self.successResultOf(self.answer).code)
+        self.assertFalse(self.wire.is_aborted)
+        self.assertEqual([self.client], self.quiet)
+        self.quiet.clear()
+
+    def test_to_cancel_the_answer_then_ends_the_connection(self) -> None:
+        self.client.dataReceived(b"HTTP/1.1 401 No\r\nContent-Length: 7\r\n\r\n")
+        abandon(self.successResultOf(self.answer))
+        self.assertTrue(self.wire.is_aborted)
+
+
 class StatusTests(SynchronousTestCase):
     def setUp(self) -> None:
         self.agent, self.clock, self.transport = fake_transport()
@@ -359,6 +457,14 @@ class StatusTests(SynchronousTestCase):
 
     def test_plain_text_is_passed_on(self) -> None:
         self.assertIn("slow down", str(self.error(429, b"slow down\n", Content_Type="text/plain")))
+
+    def test_the_title_of_a_proxys_page_is_told_unless_it_says_nothing_new(self) -> None:
+        page = b"<html>\n<head><TITLE>400 No required SSL\n certificate was sent</TITLE></head>"
+        said = str(self.error(400, page, Content_Type="text/html; charset=utf-8"))
+        self.assertTrue(said.endswith(": 400 Bad Request: 400 No required SSL  certificate was sent"), said)
+        for page in (b"<title>400 Bad Request</title>", b"<p>", b""):
+            said = str(self.error(400, page, Content_Type="text/html"))
+            self.assertTrue(said.endswith("…: 400 Bad Request"), said)
 
     def test_a_pause_asked_for_is_known(self) -> None:
         self.assertEqual(7, self.error(429, Retry_After="7").retry_after)

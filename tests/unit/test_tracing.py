@@ -22,6 +22,7 @@ from erofs_twisted.interfaces import IExport, IImageStore, Segment
 from erofs_twisted.registry.digest import Digest
 from erofs_twisted.registry.errors import NotInRegistry, TransferFailed
 from erofs_twisted.registry.manifest import OCI_MANIFEST, Descriptor, Manifest, ResolvedImage
+from erofs_twisted.registry.probe import Probe
 from erofs_twisted.registry.push import Artifact
 from erofs_twisted.registry.reference import parse_reference
 from erofs_twisted.tracing import (
@@ -243,6 +244,9 @@ class Store:
         self.asked += 1
         content = self.contents.get(descriptor.digest)
         return fail(NotInRegistry("no such thing")) if content is None else succeed(content)
+
+    def probe(self, descriptor: Descriptor) -> Deferred[Probe | None]:
+        raise NotImplementedError
 
     def push_referrer(self, image: ResolvedImage, artifact: Artifact) -> Deferred[Digest]:
         subject = Descriptor(OCI_MANIFEST, image.digest, 8)
