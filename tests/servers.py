@@ -170,10 +170,12 @@ class DockerRegistry(Process):
 
 @attrs.define(eq=False)
 class Nginx(Process):
-    """nginx with ``directives`` in its one server block; ``tls`` is a file each for the chain and the key."""
+    """nginx with ``directives`` in its one server block, and ``outside`` before that; ``tls`` is a file each
+    for the chain and the key."""
 
     directives: str
     tls: tuple[Path, Path] | None = None
+    outside: str = ""
 
     @property
     def url(self) -> str:
@@ -192,6 +194,14 @@ class Nginx(Process):
         """In front of another server, answering 200 to every Range."""
         return cls.proxy(upstream, 'proxy_set_header Range ""; max_ranges 0; proxy_force_ranges off;')
 
+    @classmethod
+    def limited(cls, upstream: str, rate: int, burst: int) -> Nginx:
+        """In front of another server, with so many requests a second, and so many above that at once, and
+        429 for all others."""
+        front = cls.proxy(upstream, f"limit_req zone=all burst={burst} nodelay; limit_req_status 429;")
+        front.outside = f"limit_req_zone $binary_remote_addr zone=all:1m rate={rate}r/s;"
+        return front
+
     def command(self) -> Sequence[str]:
         temporary = "".join(
             f"{kind}_temp_path {self.directory}/{kind};"
@@ -206,6 +216,7 @@ class Nginx(Process):
             f"daemon off; master_process off; pid {self.directory}/pid; error_log stderr info;\n"
             "events {}\n"
             f"http {{ access_log {self.directory}/access.log; {temporary} keepalive_requests 100000;\n"
+            f"{self.outside}\n"
             f"server {{ {listen} {self.directives} }} }}\n"
         )
         return [tool("nginx"), "-p", str(self.directory), "-c", str(path), "-e", "stderr"]

@@ -21,6 +21,7 @@ from erofs_twisted.registry.circuit import Turn
 from erofs_twisted.registry.contentrange import check_partial
 from erofs_twisted.registry.errors import (
     BlobUnreadable,
+    Busy,
     NotInRegistry,
     RegistryError,
     TransferFailed,
@@ -253,6 +254,9 @@ class BlobReader:
         transfer.tried.clear()
         if self._replicas.are_down(transfer.refused):
             self._log.info("{where}: {reason}; waiting for the registry", where=where, reason=reason)
+            return
+        if isinstance(error, Busy) and error.retry_after is None and replica.host.session.circuit.is_paced:
+            self._log.info("{where}: {reason}; waiting for its turn", where=where, reason=reason)
             return
         remaining = max(transfer.remaining(self._io_timeout), 0.0)
         delay = self._backoff.delay(transfer.failures, remaining, error.retry_after)

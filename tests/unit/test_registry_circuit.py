@@ -16,7 +16,6 @@ from erofs_twisted.errors import ReadError
 from erofs_twisted.registry.circuit import PATIENCE, SUSPICIOUS, Circuit, Turn
 from erofs_twisted.registry.errors import BlobUnreadable, Busy, TransferFailed, Unreachable
 from erofs_twisted.registry.retry import Backoff
-from erofs_twisted.registry.window import MOST
 from tests.unit.fakehttp import FakeRequest
 from tests.unit.test_registry_blob import BLOB, URL, BlobTests
 
@@ -66,7 +65,9 @@ class CircuitTests(SynchronousTestCase):
 
     def test_a_pause_that_is_asked_for_is_everybodys(self) -> None:
         for _ in range(SUSPICIOUS):
-            self.fail_one(Busy("429", temporary=True, retry_after=20.0))
+            waiting = self.enter()
+            self.clock.advance(1.0)
+            self.fail_one(Busy("429", temporary=True, retry_after=20.0), self.successResultOf(waiting))
         waiting = self.enter()
         self.clock.advance(19.9)
         self.assertNoResult(waiting)
@@ -78,55 +79,66 @@ class CircuitTests(SynchronousTestCase):
         self.assertFalse(self.circuit.is_open)
         self.turn()
 
-    def test_after_a_refusal_there_are_half_as_many_at_a_time(self) -> None:
-        turns = [self.turn() for _ in range(20)]
-        self.fail_one(BUSY, turns.pop())
-        waiting = self.enter()
-        for _ in range(9):
-            turns.pop().leave()
-            self.assertNoResult(waiting)
-        turns.pop().leave()
+    def burst(self, answered: int, refused: int) -> None:
+        """Requests that are made at once, more than it takes."""
+        turns = [self.turn() for _ in range(answered + refused)]
+        self.clock.advance(0.01)
+        for turn in turns[:answered]:
+            turn.answered()
+        for turn in turns[answered:]:
+            self.fail_one(BUSY, turn)
+
+    def test_one_that_refuses_a_part_of_a_burst_is_asked_as_often_as_it_answered(self) -> None:
+        self.burst(20, 100)
+        self.assertFalse(self.circuit.is_open)
+        self.assertTrue(self.circuit.is_paced)
+        waiting = [self.enter() for _ in range(50)]
+        self.clock.pump([0.01] * 100)
+        self.assertAlmostEqual(20, sum(each.called for each in waiting), delta=2)
+
+    def test_those_who_give_up_waiting_are_passed_over(self) -> None:
+        self.burst(20, 100)
+        gone, waiting = self.enter(), self.enter()
+        gone.cancel()
+        self.failureResultOf(gone, CancelledError)
+        self.clock.advance(0.06)
         self.successResultOf(waiting)
+        self.assertEqual([], self.clock.getDelayedCalls())
 
-    def test_each_answer_lets_one_more_in_until_there_is_no_limit(self) -> None:
-        self.fail_one(BUSY)
-        first = self.turn()
-        waiting = [self.enter() for _ in range(2 * MOST)]
-        self.assertNoResult(waiting[0])
-        first.answered()
-        self.successResultOf(waiting[0])
-        self.assertNoResult(waiting[1])
-        for _ in range(MOST):
-            first.answered()
-        for each in waiting:
-            self.successResultOf(each)
-
-    def test_who_leaves_twice_makes_room_for_one(self) -> None:
-        self.fail_one(BUSY)
-        first = self.turn()
-        waiting = [self.enter() for _ in range(2)]
-        first.leave()
-        first.leave()
-        self.successResultOf(waiting[0])
-        self.assertNoResult(waiting[1])
+    def test_one_that_goes_on_refusing_is_taken_to_be_down(self) -> None:
+        self.burst(0, 20)
+        for _ in range(SUSPICIOUS):
+            waiting = self.enter()
+            self.clock.pump([0.1] * 10)
+            if not self.circuit.is_open:
+                self.fail_one(BUSY, self.successResultOf(waiting))
+        self.assertTrue(self.circuit.is_open)
 
     def test_while_it_refuses_all_an_answer_to_an_older_request_means_nothing(self) -> None:
-        old, *turns = [self.turn() for _ in range(1 + SUSPICIOUS)]
-        for turn in turns:
-            self.fail_one(BUSY, turn)
+        old = self.turn()
+        self.clock.advance(0.1)
+        self.refuse_all()
         old.answered()
         self.assertTrue(self.circuit.is_open)
         self.clock.advance(10)
         self.turn().answered()
         self.assertFalse(self.circuit.is_open)
 
-    def test_after_it_refused_all_it_begins_with_few_at_a_time(self) -> None:
+    def refuse_all(self) -> None:
+        """Until the circuit opens."""
         for _ in range(SUSPICIOUS):
-            self.fail_one(BUSY)
+            waiting = self.enter()
+            self.clock.advance(1.0)
+            self.fail_one(BUSY, self.successResultOf(waiting))
+        self.assertTrue(self.circuit.is_open)
+
+    def test_when_it_stops_refusing_all_go_on_at_once(self) -> None:
+        self.refuse_all()
         self.clock.advance(10)
-        probe, *waiting = [self.enter() for _ in range(5)]
+        probe, *waiting = [self.enter() for _ in range(50)]
         self.successResultOf(probe).answered()
-        self.assertEqual([True, False, False, False], [each.called for each in waiting])
+        for each in waiting:
+            self.successResultOf(each)
 
     def test_what_was_heard_otherwise_counts_too(self) -> None:
         self.circuit.heard().failed(AWAY, 100, BACKOFF)
@@ -225,15 +237,12 @@ class CircuitMachine(RuleBasedStateMachine):
     def entered(self, turn: Turn, waiting: Any) -> None:
         self.turns.append(turn)
 
-    def under_way(self) -> list[Turn]:
-        return [turn for turn in self.turns if turn.opening == self.circuit._openings]
-
     @precondition(lambda self: self.turns)
     @rule(data=st.data(), error=st.sampled_from([None, AWAY, FAILED, BUSY, "cancelled"]))
     def end(self, data: Any, error: Any) -> None:
         turn = self.turns.pop(data.draw(st.integers(0, len(self.turns) - 1)))
         if error is None:
-            is_old = turn.opening < self.circuit._openings
+            is_old = turn.begun_at < self.circuit._opened_at
             turn.answered()
             assert is_old or not self.circuit.is_open
         elif error != "cancelled":
@@ -254,14 +263,11 @@ class CircuitMachine(RuleBasedStateMachine):
 
     @invariant()
     def who_waits_has_somebody_who_will_wake_it(self) -> None:
-        timers = len(self.clock.getDelayedCalls())
-        if not self.unserved():
-            assert timers == 0
-        elif self.circuit.is_open:
-            assert timers == 1
+        if self.unserved():
+            assert self.circuit.is_open or self.circuit.is_paced
+            assert len(self.clock.getDelayedCalls()) == 1
         else:
-            assert timers == 0
-            assert self.under_way(), "those that leave let others in"
+            assert not self.clock.getDelayedCalls()
 
 
 CircuitMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
