@@ -1,6 +1,6 @@
 PYTHON = .venv/bin/python
 
-.PHONY: help setup demo test check unit integration kernel bench bench-quick docs clean
+.PHONY: help setup demo test check unit integration kernel bench bench-quick endurance docs clean
 
 help:
 	@echo "make demo         mount a real EROFS image from a registry on loopback, and check every file of it"
@@ -9,6 +9,7 @@ help:
 	@echo "make check        ruff, mypy"
 	@echo "make unit | integration | kernel    a part of the tests"
 	@echo "make bench        speed, side by side with other programs, in a table; bench-quick in two minutes"
+	@echo "make endurance    faults, outages, expiries: what the registry's client lives through, in 35 minutes"
 	@echo "make docs         the manual, in docs/_build/html"
 
 setup:
@@ -38,6 +39,9 @@ kernel: setup
 bench: setup
 	$(PYTHON) -m benchmarks.slow_disk
 	$(PYTHON) -m benchmarks
+
+endurance: setup
+	$(PYTHON) -m benchmarks.endurance
 
 bench-quick: setup
 	$(PYTHON) -m benchmarks --quick

@@ -15,7 +15,8 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from types import TracebackType
+from typing import Any, Self, TypeVar
 
 import attrs
 from twisted.trial.unittest import SynchronousTestCase
@@ -35,16 +36,27 @@ PR_SET_CHILD_SUBREAPER = 36
 Found = TypeVar("Found")
 
 
+@attrs.frozen
+class Counts:
+    """Requests to a repository, those of them that met a fault since the faults were set, and connections to
+    any repository."""
+
+    requests: int
+    hits: int
+    connections: int
+
+
 @attrs.define
 class FaultRegistry:
-    """`tests.faultregistry` with the layout of `tests.scenery`, a process that lives as long as this one."""
+    """`tests.faultregistry`, a process that lives until `end`; ``origin`` is a layout or a server's URL."""
 
+    origin: str
     port: int = 0
     _process: subprocess.Popen[str] = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.faultregistry", str(scenery().layout)],
+            [sys.executable, "-m", "tests.faultregistry", self.origin],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -60,13 +72,37 @@ class FaultRegistry:
         """The name of an image in a repository of that name, which needs no other preparation."""
         return f"127.0.0.1:{self.port}/{repository}:{tag}"
 
-    def set(self, repository: str, *faults: Mapping[str, Any], user: str = "") -> None:
-        """What requests to a repository meet from now on; ``user`` is ``NAME:PASSWORD``."""
-        self._tell(repository=repository, faults=faults, user=user)
+    @property
+    def authority(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.authority}"
+
+    def set(
+        self, repository: str, *faults: Mapping[str, Any], user: str = "", rate: float | None = None,
+        seed: int = 0,
+    ) -> None:  # fmt: skip
+        """What requests to a repository meet from now on, as `tests.faults.Script` has it; ``user`` is
+        ``NAME:PASSWORD``."""
+        self._tell(repository=repository, faults=faults, user=user, rate=rate, seed=seed)
 
     def requests(self, repository: str) -> list[dict[str, Any]]:
         """Those that came for a repository: the kind, the reference and the range of each."""
         return list(self._tell(requests=repository)["requests"])
+
+    def counts(self, repository: str) -> Counts:
+        """How much came so far."""
+        return Counts(**self._tell(counts=repository))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.end()
 
     def go_down(self) -> None:
         """End every connection, and refuse new ones."""
@@ -94,7 +130,7 @@ class FaultRegistry:
 @functools.cache
 def registry() -> FaultRegistry:
     """The registry of this process."""
-    started = FaultRegistry()
+    started = FaultRegistry(str(scenery().layout))
     atexit.register(started.end)
     return started
 

@@ -1,13 +1,19 @@
-"""A registry on loopback that can be told to misbehave, for tests; a process of its own.
+"""A server on loopback that can be told to misbehave, for tests; a process of its own.
 
-    python -m tests.faultregistry LAYOUT
+    python -m tests.faultregistry ORIGIN
 
-Every repository's name leads to the same images, those of an OCI layout, so that each test can have a
-repository with faults, credentials and a log of requests of its own. It says its port on standard output, as
-a JSON object. Commands come as such objects, one a line, on standard input, and each is answered by one:
+The origin is the directory of an OCI layout: then every repository's name leads to its images, so that each
+test can have a repository with faults, credentials and a log of requests of its own. Or it is the URL of a
+real server, a registry's or a CDN's, that every request is passed on to. Of a CDN, which has no repositories,
+all is in the one without a name. Bodies are held in memory.
 
-    {"repository": NAME, "faults": [FAULT…], "user": "NAME:PASSWORD"}     from now on
-    {"requests": NAME}                                                   those that came so far
+It says its port on standard output, as a JSON object. Commands come as such objects, one a line, on standard
+input, and each is answered by one:
+
+    {"repository": NAME, "faults": [FAULT…], "user": "NAME:PASSWORD", "rate": RATE, "seed": SEED}
+                                   from now on; see `tests.faults`
+    {"requests": NAME}             those that came so far
+    {"counts": NAME}               how many they were, how many met a fault; and connections, to all
     {"up": false}                  close the port and every connection; true opens it again
 
 The end of standard input ends it.
@@ -19,122 +25,238 @@ import base64
 import json
 import re
 import sys
+import time
 from collections import defaultdict
+from email.utils import formatdate
 from pathlib import Path
 from typing import Any
 
 import attrs
+import treq
 from twisted.internet import reactor as global_reactor
 from twisted.internet import stdio
+from twisted.internet.defer import Deferred
+from twisted.internet.task import deferLater
 from twisted.protocols.basic import LineOnlyReceiver
 from twisted.protocols.policies import WrappingFactory
+from twisted.web.client import Agent, FileBodyProducer, HTTPConnectionPool
 from twisted.web.http import Request
+from twisted.web.http_headers import Headers
 from twisted.web.resource import Resource
 from twisted.web.server import NOT_DONE_YET, Site
+from zope.interface import Interface, implementer
 
+from tests.faults import Fault, Script
 from tests.images import TAG
 
 PATH = re.compile(r"/v2/(?P<repository>.+)/(?P<kind>manifests|blobs|referrers)/(?P<reference>[^/]+)")
 RANGE = re.compile(r"bytes=(\d+)-(\d+)")
+HOP_BY_HOP = (b"connection", b"keep-alive", b"transfer-encoding", b"content-length", b"date", b"server")
+FLUSHED = 0.02
+"""Seconds after which what was written has left, and a reset takes none of it along."""
 
 
-@attrs.frozen(kw_only=True)
-class Fault:
-    """What happens to requests of one ``kind``, ``manifests``, ``blobs`` or ``referrers``, or of all.
+@attrs.frozen
+class Content:
+    """A right answer."""
 
-    ``status`` is answered instead of the content; with ``stall`` nothing is, ever; after ``cut_after`` bytes
-    of a body the connection ends; with ``tamper`` the body is another, of the same length. ``shift`` is added
-    to what a partial answer says where it begins, ``surplus`` bytes follow its body, and with ``whole`` there
-    is none, but all of the content. ``times`` is how many requests it hits, None all. The first fault that
-    fits is taken.
-    """
+    status: int
+    headers: Headers
+    body: bytes
 
-    kind: str = ""
-    status: int | None = None
-    stall: bool = False
-    cut_after: int | None = None
-    tamper: bool = False
-    shift: int = 0
-    surplus: int = 0
-    whole: bool = False
-    times: int | None = None
+
+class IOrigin(Interface):
+    """Where right answers come from."""
+
+    def get(request: Request, is_whole: bool) -> Deferred[Content]:
+        """The answer to a request; with ``is_whole`` as if it had no Range."""
+
+
+@implementer(IOrigin)
+class LayoutOrigin:
+    """``/v2/NAME/manifests/REFERENCE`` and ``/v2/NAME/blobs/DIGEST`` of a layout, for any name."""
+
+    def __init__(self, layout: Path) -> None:
+        self._blobs = layout / "blobs"
+        index = json.loads((layout / "index.json").read_bytes())
+        self._tags = {entry["annotations"][TAG]: entry["digest"] for entry in index["manifests"]}
+
+    async def _get(self, request: Request, is_whole: bool) -> Content:
+        path = PATH.fullmatch(request.path.decode())
+        if path is None:
+            return Content(200, Headers(), b"{}")
+        digest = self._tags.get(path["reference"], path["reference"])
+        file = self._blobs / digest.replace(":", "/")
+        if path["kind"] == "referrers" or not file.is_file():
+            return refusal(404)
+        body = file.read_bytes()
+        media_type = "application/octet-stream"
+        if path["kind"] == "manifests":
+            media_type = json.loads(body)["mediaType"]
+        headers = Headers({"Content-Type": [media_type]})
+        span = RANGE.fullmatch(request.getHeader("range") or "")
+        if span is None or is_whole:
+            return Content(200, headers, body)
+        start, stop = int(span[1]), min(int(span[2]) + 1, len(body))
+        headers.setRawHeaders("Content-Range", [f"bytes {start}-{stop - 1}/{len(body)}"])
+        return Content(206, headers, body[start:stop])
+
+    def get(self, request: Request, is_whole: bool) -> Deferred[Content]:
+        """As `IOrigin.get`."""
+        return Deferred.fromCoroutine(self._get(request, is_whole))
+
+
+@implementer(IOrigin)
+class ServerOrigin:
+    """The server at ``url``, asked with the headers that came."""
+
+    def __init__(self, reactor: Any, url: str) -> None:
+        self._url = url.encode()
+        pool = HTTPConnectionPool(reactor)
+        pool._factory.noisy = False
+        pool.maxPersistentPerHost = 64
+        self._agent = Agent(reactor, pool=pool)
+        self._whole: dict[bytes, Content] = {}
+
+    def get(self, request: Request, is_whole: bool) -> Deferred[Content]:
+        """As `IOrigin.get`. All of what has been asked for once is kept."""
+        return Deferred.fromCoroutine(self._get(request, is_whole))
+
+    async def _get(self, request: Request, is_whole: bool) -> Content:
+        if is_whole and request.path in self._whole:
+            return self._whole[request.path]
+        headers = without(request.requestHeaders, *HOP_BY_HOP, *([b"range"] if is_whole else []))
+        method = b"GET" if request.method == b"HEAD" else request.method
+        body = FileBodyProducer(request.content) if method in (b"POST", b"PUT", b"PATCH") else None
+        response = await self._agent.request(method, self._url + request.uri, headers, body)
+        headers = without(response.headers, *HOP_BY_HOP)
+        content = Content(response.code, headers, await treq.content(response))
+        if is_whole and content.status == 200:
+            self._whole[request.path] = content
+        return content
+
+
+def without(headers: Headers, *names: bytes) -> Headers:
+    return Headers({name: lines for name, lines in headers.getAllRawHeaders() if name.lower() not in names})
+
+
+def refusal(status: int) -> Content:
+    body = json.dumps({"errors": [{"code": "TEST", "message": f"told to answer {status}"}]}).encode()
+    return Content(status, Headers({"Content-Type": ["application/json"]}), body)
 
 
 @attrs.define
 class Repository:
-    faults: list[Fault] = attrs.field(factory=list)
+    script: Script = attrs.field(factory=Script)
     user: str = ""
     requests: list[dict[str, Any]] = attrs.field(factory=list)
-
-    def fault(self, kind: str) -> Fault:
-        for index, fault in enumerate(self.faults):
-            if fault.kind in ("", kind) and fault.times != 0:
-                if fault.times is not None:
-                    self.faults[index] = attrs.evolve(fault, times=fault.times - 1)
-                return fault
-        return Fault()
 
     def lets_in(self, authorization: str | None) -> bool:
         return not self.user or authorization == "Basic " + base64.b64encode(self.user.encode()).decode()
 
 
 class Registry(Resource):
-    """``/v2/NAME/manifests/REFERENCE`` and ``/v2/NAME/blobs/DIGEST``, for any name."""
+    """What an origin has, and what is made of it."""
 
     isLeaf = True
 
-    def __init__(self, layout: Path) -> None:
+    def __init__(self, reactor: Any, origin: Any) -> None:
         super().__init__()
-        self._blobs = layout / "blobs"
-        index = json.loads((layout / "index.json").read_bytes())
-        self._tags = {entry["annotations"][TAG]: entry["digest"] for entry in index["manifests"]}
+        self._reactor = reactor
+        self._origin = origin
         self.repositories: defaultdict[str, Repository] = defaultdict(Repository)
 
-    def render_GET(self, request: Request) -> Any:
-        path = PATH.fullmatch(request.path.decode())
-        if path is None:
-            return b"{}"
-        repository = self.repositories[path["repository"]]
-        asked = request.getHeader("range")
-        repository.requests.append({"kind": path["kind"], "reference": path["reference"], "range": asked})
-        if not repository.lets_in(request.getHeader("authorization")):
-            request.setHeader("WWW-Authenticate", 'Basic realm="test"')
-            return answer(request, 401)
-        fault = repository.fault(path["kind"])
-        if fault.stall:
-            return NOT_DONE_YET
-        digest = self._tags.get(path["reference"], path["reference"])
-        file = self._blobs / digest.replace(":", "/")
-        if fault.status is not None or path["kind"] == "referrers" or not file.is_file():
-            return answer(request, fault.status or 404)
-        return self._content(request, file.read_bytes(), path["kind"], asked, fault)
-
-    def _content(self, request: Request, body: bytes, kind: str, asked: str | None, fault: Fault) -> Any:
-        media_type = "application/octet-stream"
-        if kind == "manifests":
-            media_type = json.loads(body)["mediaType"]
-        request.setHeader("Content-Type", media_type)
-        span = RANGE.fullmatch(asked or "")
-        if span and not fault.whole:
-            start, stop = int(span[1]), min(int(span[2]) + 1, len(body))
-            request.setResponseCode(206)
-            said, end = start + fault.shift, stop - 1 + fault.shift
-            request.setHeader("Content-Range", f"bytes {said}-{end}/{len(body)}")
-            body = body[start:stop] + bytes(fault.surplus)
-        if fault.tamper:
-            body = body[:-1] + bytes([body[-1] ^ 1])
-        request.setHeader("Content-Length", str(len(body)))
-        if fault.cut_after is None:
-            return body
-        request.write(body[: fault.cut_after])
-        request.transport.loseConnection()
+    def render(self, request: Request) -> Any:
+        Deferred.fromCoroutine(self._answer(request)).addErrback(self._broken, request)
         return NOT_DONE_YET
 
+    def _broken(self, failure: Any, request: Request) -> None:
+        failure.printTraceback(sys.stderr)
+        send(request, refusal(502))
 
-def answer(request: Request, status: int) -> bytes:
-    request.setResponseCode(status)
-    request.setHeader("Content-Type", "application/json")
-    return json.dumps({"errors": [{"code": "TEST", "message": f"told to answer {status}"}]}).encode()
+    async def _answer(self, request: Request) -> None:
+        request.notifyFinish().addErrback(lambda _: None)
+        path = PATH.fullmatch(request.path.decode())
+        name, kind, reference = path.groups() if path else ("", "", "")
+        repository = self.repositories[name]
+        asked = request.getHeader("range")
+        repository.requests.append({"kind": kind, "reference": reference, "range": asked})
+        if not repository.lets_in(request.getHeader("authorization")):
+            request.setHeader("WWW-Authenticate", 'Basic realm="test"')
+            send(request, refusal(401))
+            return
+        span = RANGE.fullmatch(asked or "")
+        fault = repository.script.next(kind, int(span[2]) + 1 - int(span[1]) if span else 0)
+        if fault.delay:
+            await deferLater(self._reactor, fault.delay)
+        if fault.reset:
+            request.transport.abortConnection()
+        elif fault.status is not None:
+            if fault.retry_after is not None:
+                request.setHeader("Retry-After", retry_after(fault))
+            send(request, refusal(fault.status))
+        elif not fault.stall:
+            self._send(request, await self._origin.get(request, fault.whole), fault)
+
+    def _send(self, request: Request, content: Content, fault: Fault) -> None:
+        headers, body = content.headers.copy(), content.body
+        span = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", headers.getRawHeaders("Content-Range", [""])[0])
+        if span is not None:
+            first, last = int(span[1]) + fault.shift, int(span[2]) + fault.shift
+            headers.setRawHeaders("Content-Range", [f"bytes {first}-{last}/{span[3]}"])
+            body += bytes(fault.surplus)
+        if fault.tamper:
+            body = body[:-1] + bytes([body[-1] ^ 1])
+        changed = attrs.evolve(content, headers=headers, body=body)
+        if fault.cut_after is None:
+            send(request, changed, fault.trailing)
+            return
+        if not begin(request, changed, body[: fault.cut_after]):
+            return
+        if fault.cut_by == "fin":
+            request.transport.loseConnection()
+        elif fault.cut_by == "reset":
+            self._reactor.callLater(FLUSHED, request.transport.abortConnection)
+
+
+def begin(request: Request, content: Content, body: bytes) -> bool:
+    """Send the head of an answer and the beginning of its body; False if nobody is there any more."""
+    if request._disconnected:
+        return False
+    request.setResponseCode(content.status)
+    for name, lines in content.headers.getAllRawHeaders():
+        request.responseHeaders.setRawHeaders(name, lines)
+    request.setHeader("Content-Length", str(len(content.body)))
+    request.write(body)
+    return True
+
+
+def send(request: Request, content: Content, trailing: int = 0) -> None:
+    """Send all of an answer, and some bytes behind it that are no part of it."""
+    if not begin(request, content, content.body):
+        return
+    if trailing:
+        request.channel.transport.write(bytes(trailing))
+    request.finish()
+
+
+def retry_after(fault: Fault) -> str:
+    """How a fault's ``Retry-After`` is spelt (RFC 9110, section 10.2.3)."""
+    assert fault.retry_after is not None
+    return (
+        formatdate(time.time() + fault.retry_after, usegmt=True) if fault.retry_at else str(fault.retry_after)
+    )
+
+
+class Counted(WrappingFactory):
+    """Counts connections."""
+
+    noisy = False
+    connections = 0
+
+    def registerProtocol(self, p: Any) -> None:
+        self.connections += 1
+        super().registerProtocol(p)
 
 
 class Commands(LineOnlyReceiver):
@@ -146,7 +268,7 @@ class Commands(LineOnlyReceiver):
     def __init__(self, reactor: Any, registry: Registry) -> None:
         self._reactor = reactor
         self._registry = registry
-        self._site = WrappingFactory(Site(registry))
+        self._site = Counted(Site(registry))
 
     def connectionMade(self) -> None:
         self._listen(0)
@@ -155,13 +277,20 @@ class Commands(LineOnlyReceiver):
 
     def lineReceived(self, line: bytes) -> None:
         match json.loads(line):
-            case {"repository": name, "faults": faults, "user": user}:
+            case {"repository": name, "faults": faults, "user": user, "rate": rate, "seed": seed}:
                 repository = self._registry.repositories[name]
-                repository.faults = [Fault(**fault) for fault in faults]
+                repository.script = Script([Fault(**fault) for fault in faults], rate, seed)
                 repository.user = user
                 self._say()
             case {"requests": name}:
                 self._say(requests=self._registry.repositories[name].requests)
+            case {"counts": name}:
+                repository = self._registry.repositories[name]
+                self._say(
+                    requests=len(repository.requests),
+                    hits=repository.script.hits,
+                    connections=self._site.connections,
+                )
             case {"up": False}:
                 for connection in list(self._site.protocols):
                     connection.transport.abortConnection()
@@ -181,8 +310,9 @@ class Commands(LineOnlyReceiver):
         self.sendLine(json.dumps(fields).encode())
 
 
-def main(layout: str, reactor: Any = global_reactor) -> None:
-    commands = Commands(reactor, Registry(Path(layout)))
+def main(origin: str, reactor: Any = global_reactor) -> None:
+    found: Any = ServerOrigin(reactor, origin) if origin.startswith("http:") else LayoutOrigin(Path(origin))
+    commands = Commands(reactor, Registry(reactor, found))
     reactor.callWhenRunning(stdio.StandardIO, commands)
     reactor.run()
 

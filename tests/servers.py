@@ -170,10 +170,12 @@ class DockerRegistry(Process):
 
 @attrs.define(eq=False)
 class Nginx(Process):
-    """nginx with ``directives`` in its one server block; ``tls`` is a file each for the chain and the key."""
+    """nginx with ``directives`` in its one server block, and ``outside`` before that; ``tls`` is a file each
+    for the chain and the key."""
 
     directives: str
     tls: tuple[Path, Path] | None = None
+    outside: str = ""
 
     @property
     def url(self) -> str:
@@ -192,6 +194,14 @@ class Nginx(Process):
         """In front of another server, answering 200 to every Range."""
         return cls.proxy(upstream, 'proxy_set_header Range ""; max_ranges 0; proxy_force_ranges off;')
 
+    @classmethod
+    def limited(cls, upstream: str, rate: int, burst: int) -> Nginx:
+        """In front of another server, with so many requests a second, and so many above that at once, and
+        429 for all others."""
+        front = cls.proxy(upstream, f"limit_req zone=all burst={burst} nodelay; limit_req_status 429;")
+        front.outside = f"limit_req_zone $binary_remote_addr zone=all:1m rate={rate}r/s;"
+        return front
+
     def command(self) -> Sequence[str]:
         temporary = "".join(
             f"{kind}_temp_path {self.directory}/{kind};"
@@ -206,6 +216,7 @@ class Nginx(Process):
             f"daemon off; master_process off; pid {self.directory}/pid; error_log stderr info;\n"
             "events {}\n"
             f"http {{ access_log {self.directory}/access.log; {temporary} keepalive_requests 100000;\n"
+            f"{self.outside}\n"
             f"server {{ {listen} {self.directives} }} }}\n"
         )
         return [tool("nginx"), "-p", str(self.directory), "-c", str(path), "-e", "stderr"]
@@ -238,7 +249,8 @@ class TokenServer(ThreadServer):
     """Gives out bearer tokens that a `DockerRegistry` with `registry_auth` accepts.
 
     It runs in a thread, so it also answers while a test blocks. Without ``users`` anyone may pull and push.
-    ``lifetime`` is in seconds; `granted` counts the tokens. Who posts the ``identity`` token as an OAuth2
+    ``lifetime`` is in seconds; `granted` counts the tokens, `tokens` are they, and `granted_at` says when, by
+    `time.monotonic`. Who posts the ``identity`` token as an OAuth2
     refresh token gets one too, and another identity token, which is the only one that counts from then on.
     """
 
@@ -246,7 +258,10 @@ class TokenServer(ThreadServer):
     lifetime: int = 60
     answer_key: str = "token"
     identity: str = ""
-    granted: int = attrs.field(init=False, default=0)
+    tokens: list[str] = attrs.field(init=False, factory=list)
+    granted_at: list[float] = attrs.field(init=False, factory=list)
+    identities: list[str] = attrs.field(init=False, factory=list)
+    """The identity tokens that it gave out."""
     refused: int = attrs.field(init=False, default=0)
     directory: Path = attrs.field(init=False)
     _key: Any = attrs.field(init=False)
@@ -255,6 +270,10 @@ class TokenServer(ThreadServer):
     protocol = "HTTP/1.0"
     service = "test-registry"
     issuer = "test-issuer"
+
+    @property
+    def granted(self) -> int:
+        return len(self.tokens)
 
     @property
     def realm(self) -> str:
@@ -315,11 +334,13 @@ class TokenServer(ThreadServer):
             request.send_error(401)
             return
         self.identity = uuid.uuid4().hex
+        self.identities.append(self.identity)
         self._grant(request, form["scope"][0].split(), refresh_token=self.identity)
 
     def _grant(self, request: BaseHTTPRequestHandler, scopes: Sequence[str], **more: str) -> None:
-        self.granted += 1
         token = self._token(scopes, self.lifetime)
+        self.tokens.append(token)
+        self.granted_at.append(time.monotonic())
         body = json.dumps({self.answer_key: token, "expires_in": self.lifetime, **more})
         request.send_response(200)
         request.send_header("Content-Type", "application/json")
@@ -364,14 +385,18 @@ class SignedURLs(ThreadServer):
     """Redirects every request for a blob to a CDN, by a URL that expires: what is before an object store.
 
     The CDN is an `Nginx` with `directives`. The parameter ``name`` of a URL says until when it works: for 1
-    to 2 seconds. It runs in a thread. `given` are the queries of the URLs that it gave out.
+    to 2 seconds. It runs in a thread. `given` are the queries of the URLs that it gave out, `given_at` says
+    when, by `time.monotonic`.
     """
 
     name: str = "Expires"
     given: list[str] = attrs.field(init=False, factory=list)
+    given_at: list[float] = attrs.field(init=False, factory=list)
     cdn: str = attrs.field(init=False, default="")
     """The URL of the CDN; set it before the first request."""
 
+    LET_IN = "auth_request /let-in;"
+    """For `front`: its blobs are for those whom the registry lets in."""
     _SECRET = "swordfish"
 
     def directives(self, root: Path) -> str:
@@ -381,6 +406,16 @@ class SignedURLs(ThreadServer):
             f"root {root}; secure_link $arg_signature,{argument}; "
             f'secure_link_md5 "{argument}$uri {self._SECRET}"; '
             'if ($secure_link = "") { return 401; } if ($secure_link = "0") { return 403; }'
+        )
+
+    def front(self, registry: str, behind: str = "") -> Nginx:
+        """A server that answers as the registry at a URL does, but for blobs, which are ours; ``behind`` are
+        directives for them."""
+        return Nginx(
+            f"location ~ ^/v2/.*/blobs/ {{ {behind} proxy_pass {self.url}; }} "
+            f"location / {{ proxy_pass {registry}; proxy_set_header Host $http_host; }} "
+            f"location = /let-in {{ internal; proxy_pass {registry}/v2/; proxy_set_header Host $http_host; "
+            "proxy_pass_request_body off; }"
         )
 
     def answer(self, request: BaseHTTPRequestHandler) -> None:
@@ -398,4 +433,5 @@ class SignedURLs(ThreadServer):
         signature = base64.urlsafe_b64encode(digest).decode().rstrip("=")
         query = f"{self.name}={expires}&signature={signature}&number={len(self.given)}"
         self.given.append(query)
+        self.given_at.append(time.monotonic())
         return f"{self.cdn}{path}?{query}"

@@ -9,7 +9,7 @@ from twisted.internet.interfaces import IReactorTime
 from twisted.web.iweb import IResponse
 
 from erofs_twisted.registry.body import read_body
-from erofs_twisted.registry.errors import AccessDenied, NotInRegistry, RegistryError, TransferFailed
+from erofs_twisted.registry.errors import AccessDenied, Busy, NotInRegistry, RegistryError, TransferFailed
 from erofs_twisted.registry.retry import parse_retry_after
 from erofs_twisted.registry.urls import redacted
 
@@ -31,7 +31,9 @@ async def status_error(response: IResponse, url: str, clock: IReactorTime, secon
     if response.code not in TEMPORARY:
         return TransferFailed(text)
     wait = response.headers.getRawHeaders("Retry-After", [""])[0]
-    return TransferFailed(text, temporary=True, retry_after=parse_retry_after(wait, clock.seconds()))
+    retry_after = parse_retry_after(wait, clock.seconds())
+    kind = Busy if response.code in (429, 503) or retry_after is not None else TransferFailed
+    return kind(text, temporary=True, retry_after=retry_after)
 
 
 def _status(response: IResponse) -> str:

@@ -19,7 +19,14 @@ from erofs_twisted.registry.answers import TEMPORARY
 from erofs_twisted.registry.body import Taker, abandon, discard, receive
 from erofs_twisted.registry.circuit import Turn
 from erofs_twisted.registry.contentrange import check_partial
-from erofs_twisted.registry.errors import BlobUnreadable, NotInRegistry, RegistryError, TransferFailed
+from erofs_twisted.registry.errors import (
+    BlobUnreadable,
+    Busy,
+    NotInRegistry,
+    RegistryError,
+    TransferFailed,
+    WrongAnswer,
+)
 from erofs_twisted.registry.host import RegistryHost
 from erofs_twisted.registry.location import Way
 from erofs_twisted.registry.manifest import Descriptor
@@ -39,6 +46,9 @@ ELSEWHERE_TIMEOUT = 5.0
 MAX_DETOURS = 3
 """URLs of a blob, one after the other, that may be refused before that is taken for an answer."""
 
+MAX_MISTAKES = 8
+"""`WrongAnswer`s to a read, without progress between them, before it fails."""
+
 SLICED = 4 << 20
 """The largest blob of which a range is cut out as all of it goes by."""
 
@@ -57,6 +67,8 @@ class _Transfer:
     """Since the last progress, and apart from those that the circuit has us wait after."""
     detours: int = 0
     """URLs that were refused, though the registry gave them out, one after the other."""
+    mistakes: int = 0
+    """`WrongAnswer`s since the last progress."""
     error: RegistryError | None = None
     """The last failure."""
     tried: set[Replica] = attrs.field(factory=set)
@@ -72,10 +84,17 @@ class _Transfer:
         """The seconds that are left for progress."""
         return self.progress_at + io_timeout - self.clock.seconds()
 
+    def may_pass(self, error: RegistryError) -> bool:
+        """May the same request be answered otherwise, by the same server?"""
+        if isinstance(error, WrongAnswer):
+            self.mistakes += 1
+            return self.mistakes < MAX_MISTAKES
+        return error.temporary
+
     def take(self, data: bytes) -> bool:
         """Of a body that is the rest of the range."""
         if len(data) > self.end - self.position:
-            raise TransferFailed("the body is longer than its Content-Range")
+            raise WrongAnswer("the body is longer than its Content-Range")
         self.position += len(data)
         self.progress_at = self.clock.seconds()
         self.deliver(data)
@@ -108,9 +127,10 @@ class _Transfer:
 class BlobReader:
     """The blob of ``descriptor`` at the first of ``hosts`` that brings it.
 
-    A read fails at once where no host is worth trying again, else when it made no progress for ``io_timeout``
-    seconds. A request that brings nothing for ``stall_timeout`` seconds is made again. Where a host redirects
-    to (a CDN's signed URL, usually) is asked again directly, as long as that works.
+    A read fails at once where no host is worth trying again, soon where answers are not those to what was
+    asked, else when it made no progress for ``io_timeout`` seconds. A request that brings nothing for
+    ``stall_timeout`` seconds is made again. Where a host redirects to (a CDN's signed URL, usually) is asked
+    again directly, as long as that works.
     """
 
     _hosts: Sequence[RegistryHost]
@@ -150,7 +170,7 @@ class BlobReader:
                 error = await self._try(transfer, replica, turn)
             finally:
                 turn.leave()
-            if error is not None:
+            if error is not None and not transfer.is_complete:
                 await self._pause(transfer, replica, error)
 
     def _transfer(self, offset: int, end: int, deliver: Delivery) -> _Transfer:
@@ -170,7 +190,7 @@ class BlobReader:
             return None
         except RegistryError as error:
             if transfer.position > before:
-                transfer.failures = 0
+                transfer.failures = transfer.mistakes = 0
             elif location.lost(way):
                 # A signed URL may have expired, or its server be down: ask the registry for another. Or the
                 # registry gives out no new one yet, and the old one still serves.
@@ -178,7 +198,8 @@ class BlobReader:
                 is_at_once = way.url is None or not error.temporary
                 if is_at_once and transfer.detours <= MAX_DETOURS:
                     return None
-            if not error.temporary:
+            has_other = isinstance(error, WrongAnswer) and self._another(transfer, replica) is not None
+            if has_other or not transfer.may_pass(error):
                 turn.answered()
                 replica.rest(REST)
                 self._refuse(transfer, replica, error)
@@ -196,7 +217,7 @@ class BlobReader:
     def _refuse(self, transfer: _Transfer, replica: Replica, error: RegistryError | RangesIgnored) -> None:
         """Ask the others. Raises `BlobUnreadable`, `RangesIgnored` if there are none left."""
         transfer.refused[replica] = error
-        transfer.detours = 0
+        transfer.detours = transfer.mistakes = 0
         if len(transfer.refused) < len(self._replicas):
             self._log.info(
                 "{where}: {reason}; asking another server than {host}",
@@ -233,6 +254,9 @@ class BlobReader:
         transfer.tried.clear()
         if self._replicas.are_down(transfer.refused):
             self._log.info("{where}: {reason}; waiting for the registry", where=where, reason=reason)
+            return
+        if isinstance(error, Busy) and error.retry_after is None and replica.host.session.circuit.is_paced:
+            self._log.info("{where}: {reason}; waiting for its turn", where=where, reason=reason)
             return
         remaining = max(transfer.remaining(self._io_timeout), 0.0)
         delay = self._backoff.delay(transfer.failures, remaining, error.retry_after)
@@ -283,16 +307,24 @@ class BlobReader:
             await discard(answer.response, self._clock, patience)
             return
         if answer.response.code not in (200, 206):
-            raise await self._refusal(session, answer, patience)
+            error = await self._refusal(session, answer, patience)
+            if error.temporary or not (way.url or answer.redirected):
+                raise error
+            raise WrongAnswer(str(error)) from error
         try:
             take = self._taker(answer.response, transfer)
         except RegistryError as error:
             abandon(answer.response)
-            raise TransferFailed(f"{redacted(answer.url)}: {error}") from error
-        except RangesIgnored:
+            raise WrongAnswer(f"{redacted(answer.url)}: {error}") from error
+        except RangesIgnored as ignored:
             abandon(answer.response)
-            raise
+            may_pass = replica.location.gave_whole() and transfer.mistakes + 1 < MAX_MISTAKES
+            if not may_pass or self._another(transfer, replica) is not None:
+                raise
+            raise WrongAnswer(f"{redacted(answer.url)}: the whole blob for a part of it") from ignored
         replica.location.found(way, answer.url if answer.redirected else None)
+        if answer.response.code == 206:
+            replica.location.gave_range()
         transfer.detours = 0
         await receive(answer.response, take, self._clock, patience)
         if not transfer.is_complete:
@@ -314,8 +346,11 @@ class BlobReader:
     def _patience(self, transfer: _Transfer, replica: Replica) -> float:
         """The seconds without a byte after which a request is given up."""
         patience = min(self._stall_timeout, max(MIN_PATIENCE, self._io_timeout / 4))
-        another = self._replicas.awake((replica, *transfer.refused, *transfer.tried))
-        return patience if another is None else min(patience, ELSEWHERE_TIMEOUT)
+        return patience if self._another(transfer, replica) is None else min(patience, ELSEWHERE_TIMEOUT)
+
+    def _another(self, transfer: _Transfer, replica: Replica) -> Replica | None:
+        """Who would be asked if this one failed."""
+        return self._replicas.awake((replica, *transfer.refused, *transfer.tried))
 
     async def _refusal(self, session: Session, answer: Answer, patience: float) -> RegistryError:
         lines = answer.response.headers.getRawHeaders("Content-Range", [])

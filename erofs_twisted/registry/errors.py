@@ -71,6 +71,15 @@ class TransferFailed(RegistryError):
     """A request was answered by an error or by something else than was asked for, or not at all."""
 
 
+class WrongAnswer(TransferFailed):
+    """An answer that is none to what was asked, or the refusal of a host that the registry has just sent us
+    to: it may be one server among many, or one on the way, that is at fault, and the next answer right."""
+
+
+class Busy(TransferFailed):
+    """The server asks to come back later: it has too much to do, or has had too many requests."""
+
+
 class Unreachable(TransferFailed):
     """No connection came about, so no request was made."""
 

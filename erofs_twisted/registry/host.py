@@ -11,7 +11,6 @@ from twisted.python.failure import Failure
 
 from erofs_twisted.registry.auth import Authorizer
 from erofs_twisted.registry.body import discard
-from erofs_twisted.registry.circuit import Turn
 from erofs_twisted.registry.errors import RegistryError, Unreachable
 from erofs_twisted.registry.hosts import Capability, HostSettings
 from erofs_twisted.registry.keychain import Given, IKeychain
@@ -104,12 +103,12 @@ class RegistryHost:
 
     def answered(self) -> None:
         """It is there, whatever it said."""
-        Turn(self.session.circuit).answered()
+        self.session.circuit.heard().answered()
 
     def failed(self, error: RegistryError, backoff: Backoff) -> None:
         """It failed to do what it was asked for."""
         if isinstance(error, Unreachable):
-            Turn(self.session.circuit).failed(error, float("inf"), backoff)
+            self.session.circuit.heard().failed(error, float("inf"), backoff)
 
     def beside(self, work: Coroutine[Deferred[Any], Any, None]) -> None:
         """Do something that nobody waits for, until `close`. It deals with its own errors."""

@@ -18,6 +18,9 @@ RENEW_AT = 0.75
 """The part of a URL's life after which a new one is asked for, while the old one still serves."""
 RENEW_BEFORE = 10.0
 """Seconds before its end at which that is soon enough."""
+WHOLE_ANSWERS, FIRST_WHOLE_ANSWERS = 5, 2
+"""In a row, to whatever reads of a range: then the whole blob is all that there is to be had. Fewer where
+there never was anything else."""
 PATIENCE = 2.0
 """Seconds that the one request which asks is waited for, before another one asks too."""
 
@@ -55,6 +58,8 @@ class BlobLocation:
     _redirect: _Redirect | None = attrs.field(init=False, default=None)
     _is_direct: bool = attrs.field(init=False, default=False)
     """Did the registry send the bytes itself, the last time?"""
+    _whole_answers: int = attrs.field(init=False, default=0)
+    _gave_ranges: bool = attrs.field(init=False, default=False)
     _asking: Way | None = attrs.field(init=False, default=None)
     _waiting: list[Deferred[None]] = attrs.field(init=False, factory=list)
 
@@ -70,6 +75,15 @@ class BlobLocation:
             except TimedOut:
                 if self._asking is asking:
                     self._asking = None
+
+    def gave_range(self) -> None:
+        """A range was asked for, and answered as one."""
+        self._gave_ranges, self._whole_answers = True, 0
+
+    def gave_whole(self) -> bool:
+        """A range was asked for, and answered with the whole blob. May the next one be answered better?"""
+        self._whole_answers += 1
+        return self._whole_answers < (WHOLE_ANSWERS if self._gave_ranges else FIRST_WHOLE_ANSWERS)
 
     def found(self, way: Way, url: str | None) -> None:
         """The bytes come from ``url``, where the registry sent us to; None: from the registry."""

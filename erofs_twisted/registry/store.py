@@ -109,14 +109,15 @@ def _keychain(
     host: HostSettings,
     settings: RegistrySettings,
 ) -> IKeychain:
-    """What was given is the registry's; a mirror is logged in to under its own name."""
+    """What was given is for the registry's own servers; a mirror is logged in to under its own name."""
     from erofs_twisted.registry.keychain import Given
 
-    if settings.credentials is not None and not host.is_mirror:
+    is_own = host.is_of(reference.registry)
+    if settings.credentials is not None and (is_own or not host.is_mirror):
         return Given(settings.credentials)
     if settings.logins is None:
         return Given()
     from erofs_twisted.registry.logins import Logins
 
-    registry = reference.registry if host.is_of(reference.registry) else host.authority
+    registry = reference.registry if is_own else host.authority
     return Logins(reactor, pool, settings.logins, registry, reference.repository)

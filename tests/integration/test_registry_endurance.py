@@ -17,14 +17,19 @@ from twisted.trial.unittest import TestCase
 from erofs_twisted.registry.errors import BlobUnreadable
 from erofs_twisted.registry.platform import Platform
 from erofs_twisted.registry.reference import parse_reference
+from erofs_twisted.registry.settings import RegistrySettings
 from erofs_twisted.registry.store import open_store
+from tests.daemon import FaultRegistry
+from tests.faults import REGISTRY_FAULTS
 from tests.images import EROFS, Layout, push
+from tests.ranges import read_ranges
 from tests.servers import DockerRegistry, Nginx, SignedURLs, TokenServer
 
 AMD64 = Platform.parse("linux/amd64")
 CONTENT = os.urandom(4 << 20)
 LANES = 16
 PIECE = 32 * 1024
+RANGES = 400
 OUTAGE = 3.0
 """Seconds."""
 
@@ -37,9 +42,10 @@ class EnduranceTests(TestCase):
         self.image = self.layout.manifest([self.layout.blob(CONTENT, EROFS)])
         self.reads = 0
 
-    async def open(self, authority: str) -> Any:
+    async def open(self, authority: str, **settings: Any) -> Any:
         no_pool: Any = None
-        store: Any = open_store(reactor, parse_reference(f"{authority}/team/app:1"), pool=no_pool)
+        reference = parse_reference(f"{authority}/team/app:1")
+        store: Any = open_store(reactor, reference, RegistrySettings(**settings), pool=no_pool)
         self.addCleanup(store.close)
         self.resolved = await store.resolve(AMD64)
         return store.blob(self.resolved.layers[0])
@@ -74,12 +80,7 @@ class SignedURLTests(EnduranceTests):
         blobs = self.layout.directory / "blobs" / "sha256"
         self.cdn = self.enterContext(Nginx(self.urls.directives(blobs)))
         self.urls.cdn = self.cdn.url
-        front = self.enterContext(
-            Nginx(
-                f"location ~ ^/v2/.*/blobs/ {{ proxy_pass {self.urls.url}; }} "
-                f"location / {{ proxy_pass {registry.url}; proxy_set_header Host $http_host; }}"
-            )
-        )
+        front = self.enterContext(self.urls.front(registry.url))
         return await self.open(front.authority)
 
     def used(self) -> int:
@@ -117,6 +118,27 @@ class TokenTests(EnduranceTests):
         self.assertGreater(tokens.granted, 2)
         self.assertLessEqual(tokens.granted, took / 1.5 + 2)
         self.assertGreater(self.reads, 10 * tokens.granted)
+
+
+class FaultTests(EnduranceTests):
+    """One request in five meets a fault: an error, a delay, a stall, a reset, another range or length."""
+
+    async def random_ranges(self, seed: int) -> None:
+        registry = self.enterContext(DockerRegistry())
+        push(self.layout, self.image, registry.url, "team/app:1")
+        with FaultRegistry(registry.url) as proxy:
+            reader = await self.open(proxy.authority, stall_timeout=1.0)
+            faults = [fault.fields() for fault in REGISTRY_FAULTS]
+            proxy.set("team/app", *faults, rate=0.2, seed=seed)
+            reads = await read_ranges(reader, CONTENT, RANGES, seed, lanes=LANES)
+            self.assertEqual(([], 0, RANGES), (reads.errors, reads.wrong, len(reads.seconds)))
+            self.assertGreater(proxy.counts("team/app").hits, RANGES / 8)
+
+    async def test_every_byte_is_right_and_none_is_missing(self) -> None:
+        await self.random_ranges(1)
+
+    async def test_whatever_the_order_of_the_faults(self) -> None:
+        await self.random_ranges(2)
 
 
 class OutageTests(EnduranceTests):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from pathlib import Path
@@ -10,10 +11,12 @@ from typing import Any
 from twisted.internet import reactor
 from twisted.internet.defer import CancelledError, Deferred, gatherResults
 from twisted.internet.task import deferLater
+from twisted.internet.threads import deferToThread
 from twisted.trial.unittest import TestCase
 
 from erofs_twisted.errors import RangesIgnored
 from erofs_twisted.registry.credentials import Credentials
+from erofs_twisted.registry.digest import Digest
 from erofs_twisted.registry.errors import BlobUnreadable, NotInRegistry, TransferFailed
 from erofs_twisted.registry.manifest import ResolvedImage
 from erofs_twisted.registry.platform import Platform
@@ -71,6 +74,27 @@ class DockerRegistryTests(ServerTests):
         image = await self.open(self.name).resolve(AMD64)
         self.assertEqual((self.image["digest"], self.index["digest"]), (image.digest, image.index_digest))
         self.assertEqual(["linux/arm64", "linux/amd64"], [str(platform) for platform in image.platforms])
+
+    def inspected_raw(self, *words: str) -> bytes:
+        """A manifest, as skopeo gets it."""
+        command = [tool("skopeo"), "inspect", "--raw", "--tls-verify=false", *words]
+        return subprocess.run(command, check=True, capture_output=True).stdout
+
+    async def test_skopeo_sees_the_same_image(self) -> None:
+        image = await self.open(self.name).resolve(AMD64)
+        raw_index = await deferToThread(self.inspected_raw, f"docker://{self.name}")
+        self.assertEqual(str(Digest.of(raw_index)), image.index_digest)
+        pinned = f"docker://{self.registry.authority}/team/app@{image.digest}"
+        raw = await deferToThread(self.inspected_raw, pinned)
+        self.assertEqual(str(Digest.of(raw)), image.digest)
+        manifest = json.loads(raw)
+        for ours, theirs in zip(
+            (image.config, *image.layers), (manifest["config"], *manifest["layers"]), strict=True
+        ):
+            self.assertEqual(
+                (theirs["mediaType"], theirs["digest"], theirs["size"]),
+                (ours.media_type, ours.digest, ours.size),
+            )
 
     async def test_a_missing_tag_is_said_in_the_registrys_words(self) -> None:
         resolved = self.open(f"{self.registry.authority}/team/app:2").resolve(AMD64)
@@ -162,6 +186,20 @@ class NginxTests(ServerTests):
         await self.check(reader, 2 * MIB, MIB)
         self.assertEqual([True, True], ['" 206 ' in access for access in cdn.accesses])
         self.assertEqual(1, sum("/blobs/" in access for access in front.accesses), "the CDN is remembered")
+
+    async def test_a_server_that_takes_few_requests_a_second_gets_few_and_is_read_from(self) -> None:
+        front = self.enterContext(Nginx.limited(self.registry.url, rate=40, burst=4))
+        reader = await self.through(front)
+        pieces = [
+            (start, min(MIB // 16, len(CONTENT) - start)) for start in range(0, len(CONTENT), MIB // 16)
+        ]
+        began = reactor.seconds()
+        await gatherResults([Deferred.fromCoroutine(self.check(reader, *piece)) for piece in pieces])
+        elapsed = reactor.seconds() - began
+        refused = sum('" 429 ' in access for access in front.accesses)
+        self.assertGreater(refused, 0)
+        self.assertLess(refused, 2 * len(pieces))
+        self.assertGreater(elapsed, (len(pieces) - 10) / 40, "as fast as it lets us")
 
     async def test_a_compressing_server_is_told_not_to(self) -> None:
         compress = "gzip on; gzip_proxied any; gzip_min_length 1; gzip_types *;"

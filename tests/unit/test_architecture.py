@@ -33,6 +33,7 @@ FLOORS: dict[int, list[str]] = {
         "registry.selection",
         "registry.retry",
         "registry.link",
+        "registry.pace",
         "registry.urls",
         "registry.signedurl",
         "registry.tokens",

@@ -82,7 +82,7 @@ class RetryTests(BlobTests):
         starts = []
         for _ in range(6):
             starts.append(self.clock.seconds())
-            self.agent.last.respond(503)
+            self.agent.last.respond(502)
             waited = len(self.agent.requests)
             while len(self.agent.requests) == waited:
                 self.clock.advance(0.25)

@@ -238,7 +238,9 @@ class BlobTests(MirrorTests):
         blob = bytes(SLICED + 1)
         self.make(blob)
         self.answers = dict.fromkeys(self.answers, lambda request: request.respond(200, None, len(blob)))
-        self.failureResultOf(self.read(), RangesIgnored)
+        read = self.read()
+        self.clock.advance(1.0)
+        self.failureResultOf(read, RangesIgnored)
         self.answers = dict.fromkeys(self.answers, lambda request: request.respond(200, blob))
         self.assertEqual(blob, self.successResultOf(self.read(0, len(blob))))
 
