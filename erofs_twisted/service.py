@@ -143,12 +143,13 @@ class MountService(Service):
         plan = await self._look(state, nbd, mountpoint)
         self._leaves = plan.adopts
         await self._clear(plan, state, nbd, mountpoint)
+        undo.push_async_callback(self._remove_directory, mountpoint, state)
         keeps = Step.KEEP in plan.steps
-        if keeps:
-            mountpoint.adopt(plan.mount_id)
-        else:
+        if not keeps:
+            if config.mkdir and await mountpoint.is_missing():
+                state.update(made=True)
             await mountpoint.check(make=config.mkdir)
-            undo.push_async_callback(mountpoint.remove_if_made)
+        mountpoint.adopt(plan.mount_id, state.record.made)
         connector = nbd if plan.adopts else await choose_connector(config.attach, [nbd, fuse])
         pinned = _pinned(config.image, state) if plan.adopts else config.image
         image = await self._unless_stopped(Deferred.fromCoroutine(open_image(reactor, pool, pinned)))
@@ -226,7 +227,10 @@ class MountService(Service):
             record = state.record
             if image.layer.digest != record.layer or image.export.size != record.size:
                 raise MountError(f"{record.image} is not what {plan.device} was made for any more")
-            return await connector.adopt(plan.device, image.export, server, record.identifier)
+            device = await connector.adopt(plan.device, image.export, server, record.identifier)
+            # Of what is on record, one that was killed early had not heard, and another mount may have gone.
+            state.update(device=device.path, mount_id=plan.mount_id)
+            return device
         identifier = self._config.nbd.backend_identifier
         if identifier is None:
             identifier = f"{image.export.description} {record_name(self._config.mountpoint)}"
@@ -255,6 +259,13 @@ class MountService(Service):
     async def _give_back(self, device: IBlockDevice, state: MountState) -> None:
         await device.detach()
         state.update(**NOTHING)
+
+    async def _remove_directory(self, mountpoint: Mountpoint, state: MountState) -> None:
+        if self._leaves:
+            return
+        await mountpoint.remove_if_made()
+        if state.record.made:
+            state.update(made=False)
 
     async def _mount(self, mountpoint: Mountpoint, device: IBlockDevice, image: OpenImage) -> None:
         # mount(2) cannot be cancelled, but it reads the device.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import mmap
 import os
@@ -28,12 +29,18 @@ class Reader:
         assert self._process.stdout is not None
         self._process.stdout.readline()
 
-    def end(self) -> dict[str, Any]:
-        """``reads``, and the ``pauses``: how long each took, in seconds, the longest first."""
+    def end(self, error: str = "") -> dict[str, Any]:
+        """``reads``, and the ``pauses``: how long each took, in seconds, the longest first. With ``error``,
+        as EIO, it must have ended by that; without, it is told to end."""
+        if error:
+            self._process.wait()
         said, _ = self._process.communicate()
         if self._process.returncode != 0:
             raise AssertionError(f"a reader ended with status {self._process.returncode}: {said}")
-        return dict(json.loads(said))
+        found = dict(json.loads(said))
+        if found["error"] != error:
+            raise AssertionError(f"a reader ended with {found['error'] or 'no error'}, not {error or 'none'}")
+        return found
 
     def kill(self) -> None:
         self._process.kill()
@@ -48,15 +55,20 @@ def main(path: str, original: str, seed: str) -> None:
     os.set_blocking(0, False)
     print(flush=True)
     pauses: list[float] = []
+    error = ""
     while not _has_ended():
         offset = 4096 * chosen.randrange((len(expected) - PIECE) // 4096)
         began = time.monotonic()
-        read = os.preadv(fd, [buffer], offset)
+        try:
+            read = os.preadv(fd, [buffer], offset)
+        except OSError as failed:
+            error = errno.errorcode[failed.errno or 0]
+            break
         pauses.append(time.monotonic() - began)
         if read != PIECE or buffer[:] != expected[offset : offset + PIECE]:
             sys.exit(f"wrong at {offset}")
     pauses.sort(reverse=True)
-    print(json.dumps({"reads": len(pauses), "pauses": pauses[:1000]}))
+    print(json.dumps({"reads": len(pauses), "pauses": pauses[:1000], "error": error}))
 
 
 def _has_ended() -> bool:

@@ -85,11 +85,22 @@ class NBDDriver:
         """Give a device whose server has died new sockets. The driver drops them, and says nothing of it, as
         long as it does not know that the old ones are dead. Raises `MountError`."""
         attached = self.find(path)
+        _, made_node = _find_node(_sysfs(attached.index))
+        attached = attrs.evolve(attached, made_node=made_node)
         try:
             _request(Command.RECONFIGURE, encode_reconfigure(attached.index, sockets, identifier))
         except OSError as error:
             raise MountError(f"the nbd driver does not take {path} back: {error.strerror}") from error
         return attached
+
+    def set_up(self, attached: Attached, queue: dict[str, int]) -> None:
+        """Write what `attach` writes, where it differs; one that was killed may not have come to it. Only as
+        long as nothing uses the device: the kernel may wait for requests under way. Raises `MountError`."""
+        directory = _sysfs(attached.index) / "queue"
+        if not self.is_held(attached):
+            for name, value in queue.items():
+                if (directory / name).read_text().strip() != str(value):
+                    _set(directory / name, value)
 
     def connected(self, identifier: str) -> list[Connected]:
         """The devices that say this of their server, and that the driver takes new sockets for."""

@@ -79,6 +79,7 @@ class NetlinkConnector:
                     self._reactor, self._pool, self._driver.reconfigure, path, [kernels.fileno()], identifier
                 )
             if not await self._ends_at_once(disconnected):
+                await in_thread(self._reactor, self._pool, self._driver.set_up, attached, self._queue())
                 return NBDDevice(self._reactor, self._pool, self._driver, attached, disconnected)
             if self._reactor.seconds() >= deadline:
                 raise MountError(

@@ -81,16 +81,21 @@ class Mountpoint:
         """What is mounted here, on top; None where nothing is."""
         return mount_at(await in_thread(self._reactor, self._pool, _mounts), self.path)
 
-    def adopt(self, mount_id: int) -> None:
-        """That mount, which is here, is ours."""
-        self._mount_id = mount_id
+    async def is_missing(self) -> bool:
+        """Is there nothing of that name?"""
+        return not await in_thread(self._reactor, self._pool, os.path.lexists, self.path)
+
+    def adopt(self, mount_id: int, made: bool) -> None:
+        """An earlier process has mounted that, unless it is 0, and ``made`` the directory."""
+        self._mount_id = mount_id or None
+        self._made = self._made or made
 
     async def holders(self) -> list[Holder]:
         """The processes that use what is mounted here."""
         return await in_thread(self._reactor, self._pool, _holders, self.path)
 
     async def remove_if_made(self) -> None:
-        """Remove the directory, if `check` made it and it is still empty."""
+        """Remove the directory, if it was made for this and is still empty."""
         if self._made:
             self._made = False
             try:

@@ -110,10 +110,12 @@ class Journal:
             pid_started=started,
             options=dict(options or {}),
         )
-        if before is not None and before.backend:
+        if before is not None:
             # What it tells of may be there yet.
             names = ("pid", "pid_started", "status", "reason")
-            record = attrs.evolve(before, **{name: getattr(record, name) for name in names})
+            if before.backend:
+                record = attrs.evolve(before, **{name: getattr(record, name) for name in names})
+            record = attrs.evolve(record, made=before.made)
         state = MountState(path, lock, record, before)
         state.update()
         return state

@@ -37,7 +37,8 @@ class MountRecord:
     (proc_pid_stat(5), field 22; ``boot`` is the kernel's own id): together they name a process for good.
     ``image`` is what was asked for, with ``options`` that have no secret; ``digest`` is that of its manifest,
     ``layer`` that of the blob. ``identifier`` is what the device says of its server, ``size`` its bytes.
-    ``mount_id`` is that of the mount namespace's list. ``reason`` tells why a mount failed or what its end
+    ``mount_id`` is that of the mount namespace's list, ``made`` whether the mount point was made for it, or
+    is about to be. ``reason`` tells why a mount failed or what its end
     waits for.
     """
 
@@ -55,6 +56,7 @@ class MountRecord:
     device: str = ""
     size: int = 0
     mount_id: int = 0
+    made: bool = False
     options: Mapping[str, str | bool] = attrs.field(factory=dict)
 
     def to_json(self) -> bytes:
@@ -81,10 +83,9 @@ class MountRecord:
         return cls(**{name: fields[name] for name in _KINDS})
 
 
-_NUMBERS = ("pid", "pid_started", "size", "mount_id")
+_OTHERS = {"pid": int, "pid_started": int, "size": int, "mount_id": int, "made": bool, "options": dict}
 _KINDS: Mapping[str, type[Any]] = {
-    field.name: int if field.name in _NUMBERS else dict if field.name == "options" else str
-    for field in attrs.fields(MountRecord)
+    field.name: _OTHERS.get(field.name, str) for field in attrs.fields(MountRecord)
 }
 
 

@@ -66,11 +66,12 @@ def make_plan(record: MountRecord | None, seen: Seen) -> Plan:
     is_mounted = bool(seen.source) and (seen.source, seen.mount_id) == (record.device, record.mount_id)
     if record.backend != "nbd":
         # Nothing else outlives its server: a mount that is there cannot be read.
-        return Plan((Step.UNMOUNT, Step.START), record.device) if is_mounted else AFRESH
+        is_dead = is_mounted or _is_mounted_since(record, seen, record.device)
+        return Plan((Step.UNMOUNT, Step.START), record.device) if is_dead else AFRESH
     device = _device_of(record, seen.devices)
     if device is None:
         return Plan((Step.UNMOUNT, Step.START), record.device) if is_mounted else AFRESH
-    if is_mounted or _is_mounted_since(record, seen, device):
+    if is_mounted or _is_mounted_since(record, seen, device.path):
         return Plan((Step.ADOPT, Step.KEEP), device.path, seen.mount_id)
     if device.is_held:
         # In another mount namespace, or after a lazy unmount: its users go on, and here it is mounted again.
@@ -95,6 +96,6 @@ def _device_of(record: MountRecord, devices: Sequence[Connected]) -> Connected |
     return ours[0] if ours and (not record.size or ours[0].size == record.size) else None
 
 
-def _is_mounted_since(record: MountRecord, seen: Seen, device: Connected) -> bool:
+def _is_mounted_since(record: MountRecord, seen: Seen, device: str) -> bool:
     """Killed between mount(2) and the record of it?"""
-    return not record.mount_id and seen.source == device.path
+    return bool(device) and not record.mount_id and seen.source == device

@@ -6,14 +6,14 @@ import os
 import socket
 from collections.abc import Sequence
 
-from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.defer import CancelledError, Deferred, succeed
 from twisted.internet.interfaces import IListeningPort
 from twisted.trial.unittest import SynchronousTestCase
 from zope.interface import implementer
 from zope.interface.verify import verifyObject
 
 from erofs_twisted.device.driver import Attached, NBDDriver
-from erofs_twisted.device.nbd import NetlinkConnector
+from erofs_twisted.device.nbd import PATIENCE, SETTLED, NetlinkConnector
 from erofs_twisted.device.settings import NBDSettings
 from erofs_twisted.device.uapi import Connection
 from erofs_twisted.errors import MountError
@@ -26,6 +26,8 @@ class PaperDriver(NBDDriver):
     def __init__(self) -> None:
         self.attached: list[tuple[Connection, dict[str, int]]] = []
         self.detached: list[Attached] = []
+        self.reconfigured: list[tuple[str, str]] = []
+        self.queues: list[dict[str, int]] = []
         self.refuses: MountError | None = None
         self.held = False
         self.kernels_end: socket.socket | None = None
@@ -43,6 +45,15 @@ class PaperDriver(NBDDriver):
         self.kernels_end = socket.socket(fileno=os.dup(descriptor))
         return Attached(5, "/dev/nbd5", 1234, False)
 
+    def reconfigure(self, path: str, sockets: Sequence[int], identifier: str) -> Attached:
+        if self.refuses:
+            raise self.refuses
+        self.reconfigured.append((path, identifier))
+        return Attached(5, path, 1234, False)
+
+    def set_up(self, attached: Attached, queue: dict[str, int]) -> None:
+        self.queues.append(queue)
+
     def detach(self, attached: Attached) -> None:
         if self.refuses:
             raise self.refuses
@@ -57,10 +68,13 @@ class PaperServer:
     def __init__(self) -> None:
         self.adopted: list[tuple[socket.socket, IExport]] = []
         self.ended: Deferred[None] = Deferred()
+        self.dropped = 0
+        """How many sockets the kernel drops at once."""
 
     def adopt(self, sock: socket.socket, export: IExport) -> Deferred[None]:
         self.adopted.append((sock, export))
-        return self.ended
+        self.dropped -= 1
+        return succeed(None) if self.dropped >= 0 else self.ended
 
     def listen(self, path: str, exports: Sequence[IExport]) -> Deferred[IListeningPort]:
         raise NotImplementedError
@@ -205,3 +219,58 @@ class NetlinkConnectorTests(SynchronousTestCase):
         self.server.ended.callback(None)
         self.successResultOf(device.detach())
         self.assertEqual(1, len(self.driver.detached))
+
+
+class AdoptionTests(SynchronousTestCase):
+    """A device whose server was killed."""
+
+    def setUp(self) -> None:
+        self.clock = ThreadlessReactor()
+        self.driver = PaperDriver()
+        self.server = PaperServer()
+        self.connector = NetlinkConnector(self.clock, HeldPool(held=False), None, self.driver)
+        self.addCleanup(lambda: [sock.close() for sock, _ in self.server.adopted])
+
+    def adopt(self) -> Deferred[IBlockDevice]:
+        return self.connector.adopt("/dev/nbd5", BytesExport(bytes(8192)), self.server, "me")
+
+    def test_it_gets_a_new_socket_by_the_name_that_it_has_for_its_server(self) -> None:
+        adopting = self.adopt()
+        self.assertNoResult(adopting)
+        self.clock.advance(SETTLED)
+        self.assertEqual("/dev/nbd5", self.successResultOf(adopting).path)
+        self.assertEqual([("/dev/nbd5", "me")], self.driver.reconfigured)
+
+    def test_a_socket_that_the_driver_drops_is_followed_by_another(self) -> None:
+        self.server.dropped = 3
+        adopting = self.adopt()
+        self.clock.advance(SETTLED)
+        self.successResultOf(adopting)
+        self.assertEqual(4, len(self.driver.reconfigured))
+
+    def test_a_device_that_drops_them_all_is_served_by_somebody_else(self) -> None:
+        self.server.dropped = 1 << 30
+        seconds = iter(range(1 << 30))
+        self.patch(self.clock, "seconds", lambda: next(seconds))
+        error = self.failureResultOf(self.adopt(), MountError)
+        self.assertIn("served by somebody else", error.getErrorMessage())
+        self.assertLessEqual(2, len(self.driver.reconfigured))
+        self.assertLessEqual(PATIENCE, self.clock.seconds())
+
+    def test_one_that_was_killed_before_its_queue_was_set_up_gets_that_too(self) -> None:
+        adopting = self.adopt()
+        self.clock.advance(SETTLED)
+        self.successResultOf(adopting)
+        (queue,) = self.driver.queues
+        self.assertEqual(1000, queue["io_timeout"])
+
+    def test_a_driver_that_refuses_is_an_error(self) -> None:
+        self.driver.refuses = MountError("no")
+        self.failureResultOf(self.adopt(), MountError)
+
+    def test_the_adopted_device_is_lost_when_its_connection_ends(self) -> None:
+        adopting = self.adopt()
+        self.clock.advance(SETTLED)
+        device = self.successResultOf(adopting)
+        self.server.ended.callback(None)
+        self.assertIsNone(self.successResultOf(device.lost))

@@ -68,6 +68,15 @@ class CheckTests(MountpointTestCase):
         self.run_to(mountpoint.remove_if_made())
         self.assertTrue(os.path.isdir(self.path))
 
+    def test_one_that_an_earlier_process_made_is_removed_too(self) -> None:
+        mountpoint = self.at()
+        self.assertTrue(self.run_to(mountpoint.is_missing()))
+        os.mkdir(self.path)
+        self.assertFalse(self.run_to(mountpoint.is_missing()))
+        mountpoint.adopt(0, made=True)
+        self.run_to(mountpoint.remove_if_made())
+        self.assertFalse(os.path.exists(self.path))
+
     def test_a_made_directory_that_is_in_use_stays(self) -> None:
         mountpoint = self.at()
         self.run_to(mountpoint.check(make=True))

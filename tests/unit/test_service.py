@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -41,6 +42,8 @@ class World:
     """What the device says of its server."""
     held: int = 0
     """How often the device is in use after that."""
+    missing: bool = False
+    """Is there no mount point?"""
     there: Any = None
     """What is mounted on the mount point before."""
     devices: list[Connected] = attrs.field(factory=list)
@@ -93,6 +96,7 @@ class FakeMountpoint:
     world: World
     path: str
     mount_id: int = 0
+    made: bool = False
 
     async def check(self, make: bool) -> None:
         await self.world.step("check")
@@ -100,8 +104,12 @@ class FakeMountpoint:
     async def there(self) -> Any:
         return self.world.there
 
-    def adopt(self, mount_id: int) -> None:
+    async def is_missing(self) -> bool:
+        return self.world.missing
+
+    def adopt(self, mount_id: int, made: bool) -> None:
         self.mount_id = mount_id
+        self.made = made
 
     async def mount(self, *arguments: Any) -> None:
         await self.world.step("mount")
@@ -118,7 +126,7 @@ class FakeMountpoint:
         self.world.unmounted.callback(None)
 
     async def remove_if_made(self) -> None:
-        await self.world.step("remove directory")
+        await self.world.step("remove directory made for it" if self.made else "remove directory")
 
 
 @attrs.define
@@ -222,7 +230,7 @@ class OrderTests(MountServiceTestCase):
         self.assertEqual([], list(self.state_dir.iterdir()))
 
     def test_a_failure_at_any_step_takes_back_those_before_it_and_tells_why(self) -> None:
-        undone = {"check": 5, "choose": 4, "open": 4, "attach": 2, "check image": 1, "mount": 1}
+        undone = {"check": 4, "choose": 4, "open": 4, "attach": 2, "check image": 1, "mount": 1}
         for number, step in enumerate(STARTED, 1):
             self.begin_anew(World(fails={step: ReadError(f"no luck with {step}")}))
             self.start()
@@ -333,9 +341,9 @@ class InUseTests(MountServiceTestCase):
 class TakeOverTests(MountServiceTestCase):
     """A daemon was killed while it served, or on the way there or away."""
 
-    def kill(self, **changes: Any) -> None:
+    def kill(self, values: Mapping[str, str] | None = None, **changes: Any) -> None:
         """What is on record of one, and what it had made is there."""
-        self.start()
+        self.start(**(values or {}))
         state = self.service._state
         assert state is not None
         state.update(pid_started=1, **changes)
@@ -357,7 +365,8 @@ class TakeOverTests(MountServiceTestCase):
         self.assertEqual((Status.READY, "/dev/nbd0", 77), (record.status, record.device, record.mount_id))
         self.service.request_stop("SIGTERM")
         self.assertEqual(
-            ["unmount", "detach", "stop server", "close image", "stop pool"], self.world.events[3:]
+            ["unmount", "detach", "stop server", "close image", "remove directory", "stop pool"],
+            self.world.events[3:],
         )
         self.assert_ended(0)
 
@@ -399,7 +408,9 @@ class TakeOverTests(MountServiceTestCase):
 
         self.patch(FakeMountpoint, "there", look)
         self.start()
-        self.assertEqual(["detach", "stop server", "close image", "stop pool"], self.world.events[-4:])
+        self.assertEqual(
+            ["detach", "stop server", "close image", "remove directory", "stop pool"], self.world.events[-5:]
+        )
         self.assert_ended(0)
 
     def test_another_image_is_refused_and_nothing_is_touched(self) -> None:
@@ -415,13 +426,46 @@ class TakeOverTests(MountServiceTestCase):
         self.start()
         self.assertEqual(["check", "open", "adopt", "check image", "mount"], self.world.events)
 
+    def test_what_an_early_death_left_out_is_on_record_before_the_mount(self) -> None:
+        self.kill(device="", mount_id=0)
+        self.world.there = None
+        self.world.waits["mount"] = Deferred()
+        self.start()
+        self.assertEqual(("/dev/nbd0", 0), (self.record().device, self.record().mount_id))
+
+    def test_a_mount_that_has_gone_is_not_on_record_while_it_is_made_again(self) -> None:
+        self.kill()
+        self.world.there = None
+        self.world.waits["mount"] = Deferred()
+        self.start()
+        self.assertEqual(("/dev/nbd0", 0), (self.record().device, self.record().mount_id))
+
+    def test_a_directory_that_was_made_for_the_mount_is_removed_by_whoever_ends_it(self) -> None:
+        self.world.missing = True
+        self.kill({"mkdir": "yes"})
+        self.start(mkdir="yes")
+        self.assertTrue(self.record().made)
+        self.service.request_stop("SIGTERM")
+        self.assertEqual("remove directory made for it", self.world.events[-2])
+
+    def test_a_directory_that_was_about_to_be_made_is_removed_too(self) -> None:
+        self.world.missing = True
+        self.world.waits["check"] = Deferred()
+        self.kill({"mkdir": "yes"})
+        self.world.there, self.world.devices = None, []
+        self.start(mkdir="yes")
+        self.service.request_stop("SIGTERM")
+        self.assertEqual("remove directory made for it", self.world.events[-2])
+
     def test_a_device_that_is_in_the_way_is_disconnected(self) -> None:
         self.kill()
         self.world.there = SimpleNamespace(source="tmpfs", mount_id=5)
         self.world.devices = [attrs.evolve(self.world.devices[0], is_held=False)]
         self.world.fails["check"] = MountError("/mnt is a mount point already")
         self.start()
-        self.assertEqual(["disconnect /dev/nbd0", "check", "stop pool"], self.world.events)
+        self.assertEqual(
+            ["disconnect /dev/nbd0", "check", "remove directory", "stop pool"], self.world.events
+        )
 
     def test_a_mount_whose_device_is_gone_is_made_anew(self) -> None:
         self.kill()

@@ -90,7 +90,10 @@ class PlanTests(SynchronousTestCase):
         fuse = record(backend="fuse", device="/run/x/image", identifier="")
         there = seen(devices=[], source="/run/x/image")
         self.assertEqual((Step.UNMOUNT, Step.START), self.plan(fuse, there))
-        self.assertEqual(AFRESH, make_plan(fuse, seen(devices=[], source="", mount_id=0)))
+        self.assertEqual((Step.UNMOUNT, Step.START), self.plan(attrs.evolve(fuse, mount_id=0), there))
+        for nothing in (seen(devices=[], source="", mount_id=0), seen(source="tmpfs", mount_id=5)):
+            self.assertEqual(AFRESH, make_plan(fuse, nothing))
+            self.assertEqual(AFRESH, make_plan(attrs.evolve(fuse, device="", mount_id=0), nothing))
 
     def test_every_combination_has_a_plan_that_ends_in_a_whole_mount_and_touches_only_ours(self) -> None:
         records = [
