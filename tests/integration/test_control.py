@@ -81,9 +81,7 @@ class CommandTests(ControlTestCase):
     def test_what_cannot_be_mounted_is_said_and_not_on_record(self) -> None:
         one = self.controlled.mountpoint("one")
         self.assertIn("not EROFS", self.refusal("mount", self.image("tar"), one))
-        self.assertIn(
-            "404 Not Found", self.refusal("mount", self.image("nothing"), one, "--io-timeout", "2")
-        )
+        self.assertIn("404 Not Found", self.refusal("mount", self.image("nothing"), one, "--io-timeout", "2"))
         self.assertIn("no directory", self.refusal("mount", self.image("lz4"), "/no/where"))
         self.assertIn("--fill: ", self.refusal("mount", self.image("lz4"), one, "--fill", "maybe"))
         self.assertEqual("[]", self.controlled.erofs_nbd("ls", "--json").stdout.strip())

@@ -309,6 +309,7 @@ class HelpTests(SynchronousTestCase):
             "timeout",
             "lazy",
             "all",
+            "follow",
             "size",
             "older-than",
             "dry-run",
