@@ -39,8 +39,9 @@ class _Running:
     mount: Mount
     settled: list[Deferred[None]] = attrs.field(factory=list)
     ended: list[Deferred[None]] = attrs.field(factory=list)
+    is_up: bool = False
     is_settled: bool = False
-    failure: str | None = None
+    failure: str = "it was unmounted before it could be used"
 
     def when_settled(self) -> Deferred[None]:
         """Fires when the mount can be used, or has ended."""
@@ -56,15 +57,24 @@ class _Running:
         self.ended.append(waiter)
         return waiter
 
-    def settle(self) -> None:
+    def come_up(self) -> None:
+        self.is_up = True
+        self._settle()
+
+    def raise_unless_up(self) -> None:
+        """Raises `MountError`."""
+        if not self.is_up:
+            raise MountError(self.failure)
+
+    def _settle(self) -> None:
         self.is_settled = True
         waiting, self.settled = self.settled, []
         for waiter in waiting:
             waiter.callback(None)
 
     def end(self, failure: str | None) -> None:
-        self.failure = failure
-        self.settle()
+        self.failure = failure or self.failure
+        self._settle()
         waiting, self.ended = self.ended, []
         for waiter in waiting:
             waiter.callback(None)
@@ -177,13 +187,11 @@ class Mounts:
                 continue
             _refuse_another(running.mount.config, config)
             await running.when_settled()
-            if running.failure is not None:
-                raise MountError(running.failure)
+            running.raise_unless_up()
             return False, self._told(config.mountpoint, running)
         running = self._begin(config)
         await running.when_settled()
-        if running.failure is not None:
-            raise MountError(running.failure)
+        running.raise_unless_up()
         return True, self._told(config.mountpoint, running)
 
     async def _read(self, mountpoint: str, options: Options) -> MountConfig:
@@ -201,7 +209,7 @@ class Mounts:
     def _begin(self, config: MountConfig) -> _Running:
         mount = Mount(self._reactor, config, self._devices, service=True)
         running = self._running[config.mountpoint] = _Running(mount)
-        _ = mount.ready.addCallback(lambda _: running.settle())
+        _ = mount.ready.addCallback(lambda _: running.come_up())
         life = Deferred.fromCoroutine(mount.live())
         _ = life.addCallback(partial(self._ended, config.mountpoint, running))
         return running
@@ -216,10 +224,11 @@ class Mounts:
 
     async def _unmount(self, mountpoint: str, lazy: bool) -> None:
         restoring = self._restoring.pop(mountpoint, None)
-        if restoring is not None and mountpoint not in self._running:
+        if restoring is not None:
             restoring.cancel()
-            Journal(self._state_dir).forget(mountpoint)
-            return
+            if mountpoint not in self._running:
+                Journal(self._state_dir).forget(mountpoint)
+                return
         running = self._find(mountpoint)
         ended = running.when_ended()
         await running.mount.unmount(lazy)

@@ -39,7 +39,7 @@ STEPS = (
     "erofs_twisted.mount.mountpoint._prepare",
     "erofs_twisted.mount.mountpoint.mount",
     "erofs_twisted.mount.mountpoint.umount",
-    "erofs_twisted.service.open_image",
+    "erofs_twisted.mounting.find_image",
     "erofs_twisted.device.driver._request",
     "erofs_twisted.device.driver._set",
     "erofs_twisted.device.fuse.FuseConnector._make_directory",
@@ -57,6 +57,7 @@ name and by how often it was taken."""
 NEEDED = (
     "erofs_twisted.tap",
     "erofs_twisted.service",
+    "erofs_twisted.mountsservice",
     "erofs_twisted.registry.client",
     "erofs_twisted.registry.layout",
     "erofs_twisted.registry.logins",

@@ -150,6 +150,11 @@ class MountTests(MountsTestCase):
         self.assertEqual([], self.records())
         self.up()
 
+    def test_one_that_is_called_off_is_said_to_all_who_wait(self) -> None:
+        mounting = self.mounts.mount("/mnt", APP)
+        self.successResultOf(self.mounts.unmount("/mnt", lazy=False))
+        self.assertIn("was unmounted before", str(self.failureResultOf(mounting, MountError).value))
+
     def test_one_that_is_ending_is_waited_for(self) -> None:
         ending = self.up()
         ending.state.update(status=Status.STOPPING)
@@ -245,6 +250,13 @@ class RestoreTests(MountsTestCase):
         self.kill(("/one", APP))
         self.mounts.restore()
         self.made[0].end("the image is gone")
+        self.successResultOf(self.mounts.unmount("/one", lazy=False))
+        self.clock.advance(100)
+        self.assertEqual((1, []), (len(self.made), self.records()))
+
+    def test_one_that_is_unmounted_as_it_comes_up_is_not_tried_again(self) -> None:
+        self.kill(("/one", APP))
+        self.mounts.restore()
         self.successResultOf(self.mounts.unmount("/one", lazy=False))
         self.clock.advance(100)
         self.assertEqual((1, []), (len(self.made), self.records()))
