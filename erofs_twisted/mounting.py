@@ -55,11 +55,20 @@ class Stopped(Exception):
 
 class Mount:
     """One mount of what ``config`` says, on one of a daemon's ``devices``; ``service`` says whether other
-    mounts may be that daemon's, too. `live` is called once."""
+    mounts may be that daemon's, too. It is of the manifest ``pinned``, if that is given, whatever its tag
+    stands for. `live` is called once."""
 
     log = Logger()
 
-    def __init__(self, reactor: Any, config: MountConfig, devices: Devices, *, service: bool = False) -> None:
+    def __init__(
+        self,
+        reactor: Any,
+        config: MountConfig,
+        devices: Devices,
+        *,
+        service: bool = False,
+        pinned: str = "",
+    ) -> None:
         self.config = config
         self.ready: Deferred[None] = Deferred()
         """Fires when it can be used; never, where it ends before."""
@@ -68,6 +77,7 @@ class Mount:
         self._reactor = reactor
         self._devices = devices
         self._service = service
+        self._digest = pinned
         self._events: DeferredQueue[Event] = DeferredQueue()
         self._give_up: Callable[[], object] | None = None
         self._stop_wishes = 0
@@ -205,8 +215,8 @@ class Mount:
     async def _take_device(self, plan: Plan, connector: IDeviceConnector, state: MountState) -> Served:
         """The image's layer as a device, on record before it is there: it is found by that."""
         reactor, config = self._reactor, self.config
-        pinned = _pinned(config.image, state) if plan.adopts else config.image
-        found = await find_image(reactor, self._devices.pool, pinned)
+        image = _pinned(config.image, state.record.digest if plan.adopts else self._digest)
+        found = await find_image(reactor, self._devices.pool, image)
         try:
             if plan.adopts and found.layer.digest != state.record.layer:
                 raise MountError(f"{state.record.image} is not what {plan.device} was made for any more")
@@ -335,10 +345,8 @@ def _kind(connector: IDeviceConnector, found: FoundImage, config: MountConfig) -
     return (found.layer.digest, config.nbd, *fetching)
 
 
-def _pinned(config: ImageConfig, state: MountState) -> ImageConfig:
-    """The image that was mounted, whatever its tag stands for by now."""
-    if not isinstance(config.reference, ImageReference):
+def _pinned(config: ImageConfig, digest: str) -> ImageConfig:
+    """The image with that manifest, whatever its tag stands for by now."""
+    if not digest or not isinstance(config.reference, ImageReference):
         return config
-    return attrs.evolve(
-        config, reference=attrs.evolve(config.reference, digest=Digest.parse(state.record.digest))
-    )
+    return attrs.evolve(config, reference=attrs.evolve(config.reference, digest=Digest.parse(digest)))

@@ -178,7 +178,7 @@ class Mounts:
         """When all has ended: the last threads."""
         await self._devices.close()
 
-    async def _mount(self, mountpoint: str, options: Options) -> tuple[bool, Any]:
+    async def _mount(self, mountpoint: str, options: Options, pinned: str = "") -> tuple[bool, Any]:
         config = await self._read(mountpoint, options)
         while (running := self._running.get(config.mountpoint)) is not None:
             record = running.mount.record
@@ -189,7 +189,7 @@ class Mounts:
             await running.when_settled()
             running.raise_unless_up()
             return False, self._told(config.mountpoint, running)
-        running = self._begin(config)
+        running = self._begin(config, pinned)
         await running.when_settled()
         running.raise_unless_up()
         return True, self._told(config.mountpoint, running)
@@ -206,8 +206,8 @@ class Mounts:
         # The path may lead through a mount of our own, which this thread serves.
         return await in_thread(self._reactor, self._devices.pool, read_mount_config, values)
 
-    def _begin(self, config: MountConfig) -> _Running:
-        mount = Mount(self._reactor, config, self._devices, service=True)
+    def _begin(self, config: MountConfig, pinned: str) -> _Running:
+        mount = Mount(self._reactor, config, self._devices, service=True, pinned=pinned)
         running = self._running[config.mountpoint] = _Running(mount)
         _ = mount.ready.addCallback(lambda _: running.come_up())
         life = Deferred.fromCoroutine(mount.live())
@@ -246,7 +246,8 @@ class Mounts:
         while True:
             try:
                 options = {name: value for name, value in record.options.items() if name != "mountpoint"}
-                await self._mount(record.mountpoint, options)
+                # What was mounted, and not what its tag stands for now: the registry may be down.
+                await self._mount(record.mountpoint, options, record.digest)
                 break
             except ErofsTwistedError as error:
                 self.log.warn(

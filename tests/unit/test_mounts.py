@@ -32,6 +32,7 @@ class FakeMount:
 
     config: Any
     state_dir: Path
+    pinned: str = ""
     ready: Deferred[None] = attrs.field(factory=Deferred)
     life: Deferred[str | None] = attrs.field(factory=Deferred)
     stops: int = 0
@@ -89,9 +90,9 @@ class MountsTestCase(SynchronousTestCase):
     def begin(self) -> None:
         self.mounts = mounts.Mounts(self.clock, {"fill": "off"}, self.state_dir, self.lines)
 
-    def make(self, reactor: object, config: Any, devices: object, *, service: bool) -> FakeMount:
+    def make(self, reactor: object, config: Any, devices: object, *, service: bool, pinned: str) -> FakeMount:
         self.assertTrue(service)
-        self.made.append(FakeMount(config, self.state_dir))
+        self.made.append(FakeMount(config, self.state_dir, pinned))
         return self.made[-1]
 
     async def at_once(self, reactor: object, pool: object, call: Any, *arguments: Any) -> Any:
@@ -220,7 +221,7 @@ class RestoreTests(MountsTestCase):
     def kill(self, *options: tuple[str, dict[str, str]]) -> None:
         for path, given in options:
             mount = self.up(path, given)
-            mount.state.update(pid_started=1)
+            mount.state.update(pid_started=1, digest="sha256:2")
             mount.state.release("killed")
         self.made.clear()
         self.begin()
@@ -229,8 +230,8 @@ class RestoreTests(MountsTestCase):
         self.kill(("/one", APP), ("/two", {**OTHER, "fill": "full"}))
         self.assertEqual(2, self.mounts.restore())
         self.assertEqual(
-            [("/one", "off"), ("/two", "full")],
-            sorted((mount.path, mount.config.image.fill) for mount in self.made),
+            [("/one", "off", "sha256:2"), ("/two", "full", "sha256:2")],
+            sorted((mount.path, mount.config.image.fill, mount.pinned) for mount in self.made),
         )
 
     def test_one_that_fails_is_tried_again_and_keeps_no_other_from_coming_up(self) -> None:

@@ -1,0 +1,193 @@
+"""Many mounts in one daemon, on devices that those of the same layer share."""
+
+from __future__ import annotations
+
+import json
+import signal
+import statistics
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from urllib.parse import quote
+
+from tests.controlled import Controlled
+from tests.daemon import DaemonTestCase, FaultRegistry, mounts, nbd_devices_in_use, until
+from tests.images import EROFS, Layout, build_erofs
+from tests.reading import Reader
+from tests.scenery import BIG, scenery, sha256
+
+MANY = 100
+AGAIN = 20
+MOST_MEMORY = 200 << 20
+SLOWEST_CALL = 0.1
+"""Seconds, of 99 calls in 100."""
+REQUEUED = 2.5
+"""Seconds that a request in flight takes at most, once the new daemon is there: until the kernel's timer."""
+
+
+class ControlTestCase(DaemonTestCase):
+    attach = "nbd"
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.controlled = Controlled(self.directory / "s", ("--attach", self.attach, "--fill", "off"))
+        self.controlled.start()
+        self.addCleanup(self.controlled.kill)
+
+    def device_of(self, path: Path) -> str:
+        return next(mount.source for mount in mounts() if mount.path == str(path))
+
+    def assert_all_gone(self) -> None:
+        self.assertEqual(0, self.controlled.stop(), self.controlled.log)
+        self.assertNotIn("Traceback", self.controlled.log)
+        self.assert_nothing_left()
+        self.assertEqual([], list(self.controlled.state_dir.iterdir()))
+
+    def assert_whole(self, *paths: Path) -> None:
+        for path in paths:
+            self.assertEqual(sha256(scenery().tree / BIG), sha256(path / BIG))
+
+
+class SharingTests(ControlTestCase):
+    def test_mounts_of_a_layer_share_its_device_until_the_last_one_ends(self) -> None:
+        before = nbd_devices_in_use()
+        one = self.controlled.mount(self.registry.image("a"), "one")
+        two = self.controlled.mount(self.registry.image("b"), "two")
+        other = self.controlled.mount(self.registry.image("a", "plain"), "other")
+        apart = self.controlled.mount(self.registry.image("a"), "apart", "--nbd-read-ahead", "512")
+        self.assertEqual(self.device_of(one), self.device_of(two))
+        self.assertEqual(3, len({*map(self.device_of, (one, other, apart))}))
+        self.assertEqual(0, self.controlled.erofs_nbd("umount", one).returncode)
+        self.assert_whole(two, other, apart)
+        self.assertEqual(0, self.controlled.erofs_nbd("umount", two).returncode)
+        self.assertEqual(2, len(nbd_devices_in_use() - before))
+        self.assert_all_gone()
+
+    def test_one_that_is_disconnected_ends_all_its_mounts_and_no_others(self) -> None:
+        one = self.controlled.mount(self.registry.image("a"), "one")
+        self.controlled.mount(self.registry.image("b"), "two")
+        other = self.controlled.mount(self.registry.image("a", "plain"), "other")
+        from erofs_twisted.device.driver import NBDDriver
+
+        driver = NBDDriver()
+        driver.detach(driver.find(self.device_of(one)))
+        until(
+            "its mounts have ended", lambda: len(self.controlled.call("GET", "/v1/mounts")[1]["mounts"]) == 1
+        )
+        self.assert_whole(other)
+        self.controlled.mount(self.registry.image("a"), "one")
+        self.assert_whole(one, other)
+        self.assert_all_gone()
+
+
+class KillTests(ControlTestCase):
+    def test_after_a_kill_all_mounts_go_on_without_an_error(self) -> None:
+        paths = [
+            self.controlled.mount(self.registry.image(name, tag), name)
+            for name, tag in (("one", "lz4"), ("two", "lz4"), ("three", "plain"))
+        ]
+        devices = [self.device_of(path) for path in paths]
+        readers = [Reader(path / BIG, scenery().tree / BIG, seed) for seed, path in enumerate(paths)]
+        for reader in readers:
+            self.addCleanup(reader.kill)
+        time.sleep(1)
+        self.controlled.kill()
+        self.controlled.start()
+        self.controlled.mount(self.registry.image("four"), "four")
+        time.sleep(REQUEUED)
+        for reader in readers:
+            reader.end()
+        listed = json.loads(self.controlled.erofs_nbd("ls", "--json").stdout)
+        self.assertEqual(["ready"] * 4, [each["status"] for each in listed])
+        self.assertEqual(devices, [self.device_of(path) for path in paths])
+        self.assertEqual(devices[0], devices[1])
+        self.assert_whole(*paths)
+        self.assert_all_gone()
+
+    def test_what_is_cached_comes_up_without_its_registry_and_the_rest_when_that_is_back(self) -> None:
+        whole = self.controlled.mount(self.registry.image("whole", "plain"), "whole", "--fill", "full")
+        part = self.controlled.mount(self.registry.image("part"), "part", "--io-timeout", "3")
+        self.controlled.kill()
+        # As after a boot: nothing is mounted, and no device is connected.
+        self.take_all_away(whole, part)
+        self.registry.go_down()
+        try:
+            self.controlled.start()
+            until("one is up", lambda: any(mount.path == str(whole) for mount in mounts()))
+            self.assert_whole(whole)
+            until("the other says why not", lambda: f"{part} is not there yet" in self.controlled.log)
+            self.assertFalse(any(mount.path == str(part) for mount in mounts()))
+        finally:
+            self.registry.come_back()
+        until("the other is up", lambda: any(mount.path == str(part) for mount in mounts()))
+        self.assert_whole(part)
+        self.assert_all_gone()
+
+    def take_all_away(self, *paths: Path) -> None:
+        from erofs_twisted.device.driver import NBDDriver
+        from erofs_twisted.syscalls import umount
+
+        driver = NBDDriver()
+        for path in paths:
+            device = self.device_of(path)
+            umount(str(path), 0)
+            driver.detach(driver.find(device))
+
+
+class ManyTests(ControlTestCase):
+    def images(self) -> list[str]:
+        """As many small ones, each of its own content."""
+        layout = Layout(self.directory / "layout")
+        tree = self.directory / "tree"
+        tree.mkdir()
+        for number in range(MANY):
+            (tree / "file").write_bytes(str(number).encode() * 5000)
+            layer = layout.blob(build_erofs(tree, self.directory / "small.erofs"), EROFS)
+            layout.tag(layout.manifest([layer]), str(number))
+        self.small = FaultRegistry(str(layout.directory))
+        self.addCleanup(self.small.end)
+        return [self.small.image("small", str(number)) for number in range(MANY)]
+
+    def read(self, number: int) -> None:
+        content = (self.controlled.directory / str(number) / "file").read_bytes()
+        self.assertEqual(str(number).encode() * 5000, content)
+
+    def timed(self, method: str, where: str) -> float:
+        began = time.monotonic()
+        self.assertEqual(200, self.controlled.call(method, where)[0])
+        return time.monotonic() - began
+
+    def test_a_hundred_are_mounted_read_and_mounted_again(self) -> None:
+        images = self.images()
+        path = self.controlled.directory
+        body = [json.dumps({"image": image, "mkdir": True}).encode() for image in images]
+        where = [f"/v1/mounts/{quote(str(path / str(number)), safe='')}" for number in range(MANY)]
+        with ThreadPoolExecutor(16) as pool:
+            answers = list(
+                pool.map(lambda number: self.controlled.call("PUT", where[number], body[number]), range(MANY))
+            )
+            self.assertEqual({201}, {status for status, _ in answers}, answers)
+            list(pool.map(self.read, range(MANY)))
+            reading = [pool.submit(self.read, number) for _ in range(3) for number in range(AGAIN, MANY)]
+            calls: list[float] = []
+            for number in range(AGAIN):
+                self.assertEqual(200, self.controlled.call("DELETE", where[number])[0])
+                calls.append(self.timed("GET", "/v1/status"))
+                self.assertEqual(201, self.controlled.call("PUT", where[number], body[number])[0])
+                calls += [self.timed("GET", where[-1]) for _ in range(4)]
+            for each in reading:
+                each.result()
+            list(pool.map(self.read, range(MANY)))
+        status = self.controlled.call("GET", "/v1/status")[1]
+        self.assertEqual((MANY, MANY), (status["mounts"], status["devices"]))
+        calls.sort()
+        print(
+            f"\n{MANY} mounts: {status['memory'] >> 20} MiB, {status['open_files']} files; a call: median "
+            f"{1000 * statistics.median(calls):.1f} ms, p99 {1000 * calls[int(0.99 * len(calls))]:.1f} ms"
+        )
+        self.assertLess(status["memory"], MOST_MEMORY)
+        self.assertLess(calls[int(0.99 * len(calls))], SLOWEST_CALL)
+        self.controlled.signal(signal.SIGTERM)
+        self.assertEqual(0, self.controlled.ended())
+        self.small.end()
+        self.assert_nothing_left()
