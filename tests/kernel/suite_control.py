@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import statistics
 import time
@@ -106,8 +107,11 @@ class KillTests(ControlTestCase):
 
     def test_what_is_cached_comes_up_without_its_registry_and_the_rest_when_that_is_back(self) -> None:
         whole = self.controlled.mount(self.registry.image("whole", "plain"), "whole", "--fill", "full")
-        part = self.controlled.mount(self.registry.image("part"), "part", "--io-timeout", "3")
+        lost = self.directory / "lost"
+        options = ("--io-timeout", "3", "--cache-dir", str(lost))
+        part = self.controlled.mount(self.registry.image("part"), "part", *options)
         self.controlled.kill()
+        shutil.rmtree(lost)
         # As after a boot: nothing is mounted, and no device is connected.
         self.take_all_away(whole, part)
         self.registry.go_down()
