@@ -37,7 +37,7 @@ class Backoff:
         Always about the same: a connection that is refused costs nobody anything, and a host that is back
         is to be found within a second.
         """
-        return min(0.3 + 0.3 * self.random(), max(remaining, 0.0))
+        return min(0.15 + 0.15 * self.random(), max(remaining, 0.0))
 
 
 def parse_retry_after(text: str, now: float) -> float | None:
