@@ -29,8 +29,9 @@ from erofs_twisted.options import (
     read_size,
     read_state_dir,
 )
-from erofs_twisted.process import conceal_arguments, on_stop_signal
-from erofs_twisted.state.journal import Journal, daemon_runs
+from erofs_twisted.process import conceal_arguments
+from erofs_twisted.running import run
+from erofs_twisted.state.journal import Journal
 from erofs_twisted.waiting import wait_until_ready
 
 IMAGE_OPTION_NAMES = tuple(option.name for option in IMAGE_OPTIONS)
@@ -108,7 +109,7 @@ def inspect(image: str, as_json: bool, **options: Any) -> None:
     from erofs_twisted.inspection import as_dict, look_at, show
 
     config = _image_config(image, options)
-    resolved, probe = _run(lambda reactor: look_at(reactor, config), config.verbose)
+    resolved, probe = run(lambda reactor: look_at(reactor, config), config.verbose)
     if as_json:
         click.echo(json.dumps(as_dict(resolved, probe), indent=2))
     else:
@@ -132,7 +133,7 @@ def serve(image: str, socket: str, **options: Any) -> None:
     def main(reactor: Any) -> Coroutine[Any, Any, None]:
         return serve_image(reactor, config, path, ready=lambda text: click.echo(text, err=True))
 
-    _run(main, config.verbose)
+    run(main, config.verbose)
 
 
 @commands.command()
@@ -218,14 +219,9 @@ def wait(mountpoint: str, timeout: float, state_dir: str | None) -> None:
 @takes("state-dir")
 def umount(mountpoint: str, lazy: bool, state_dir: str | None) -> None:
     """Unmount MOUNTPOINT and wait until its device and its daemon have gone."""
-    journal, path = Journal(read_state_dir({"state-dir": state_dir})), os.path.realpath(mountpoint)
-    record = journal.read(path)
-    if record is not None and record.service and daemon_runs(record):
-        _daemon(state_dir).unmount(path, lazy)
-        return
-    from erofs_twisted.unmounting import unmount
+    from erofs_twisted.unmounting import end_mount
 
-    _run(lambda reactor: unmount(reactor, journal, path, lazy))
+    end_mount(Journal(read_state_dir({"state-dir": state_dir})), os.path.realpath(mountpoint), lazy)
 
 
 @commands.command()
@@ -254,7 +250,7 @@ def reattach(
     records = orphans_on_record(journal, None if mountpoint is None else os.path.realpath(mountpoint))
     more = {name.replace("_", "-"): value for name, value in credentials.items() if value is not None}
     errors: list[ErofsTwistedError] = []
-    orphans = _run(lambda reactor: look_at(reactor, records, errors))
+    orphans = run(lambda reactor: look_at(reactor, records, errors))
     for orphan in orphans:
         for line in orphan.told():
             click.echo(f"{orphan.record.mountpoint}: {line}")
@@ -293,7 +289,7 @@ def record(image: str, command: tuple[str, ...], timeout: float, **options: Any)
     from erofs_twisted.tracereport import summary
 
     config = _image_config(image, options)
-    resolved = _run(lambda reactor: resolve(reactor, config), config.verbose)
+    resolved = run(lambda reactor: resolve(reactor, config), config.verbose)
     typed = {name.replace("_", "-"): value for name, value in options.items() if value}
     state_dir = read_state_dir(typed)
     recorded = record_command(config, resolved, typed, command, state_dir, timeout)
@@ -311,7 +307,7 @@ def show_trace(image: str, as_json: bool, **options: Any) -> None:
     from erofs_twisted.tracereport import as_dict, find, show
 
     config = _image_config(image, options)
-    trace = _run(lambda reactor: find(reactor, config), config.verbose)
+    trace = run(lambda reactor: find(reactor, config), config.verbose)
     if as_json:
         click.echo(json.dumps(as_dict(trace), indent=2))
     else:
@@ -326,7 +322,7 @@ def push_trace(image: str, **options: Any) -> None:
     from erofs_twisted.tracereport import push
 
     config = _image_config(image, options)
-    click.echo(_run(lambda reactor: push(reactor, config), config.verbose))
+    click.echo(run(lambda reactor: push(reactor, config), config.verbose))
 
 
 @commands.group()
@@ -387,34 +383,6 @@ def prune_cache(
 
 def _daemon(state_dir: str | None) -> Daemon:
     return Daemon(read_state_dir({"state-dir": state_dir}) / SOCKET)
-
-
-def _run(main: Callable[[Any], Coroutine[Any, Any, Any]], verbose: bool = False) -> Any:
-    """Run a coroutine on the reactor; Ctrl-C and SIGTERM cancel it, which is no error."""
-    from erofs_twisted.messages import Messages
-
-    Messages(sys.stderr, verbose).begin()
-    from twisted.internet import reactor as global_reactor
-    from twisted.internet.defer import CancelledError, Deferred
-    from twisted.python.failure import Failure
-
-    reactor: Any = global_reactor
-    outcome: list[Any] = []
-
-    def begin() -> None:
-        work = Deferred.fromCoroutine(main(reactor))
-        on_stop_signal(reactor, lambda name: work.cancel())
-        _ = work.addBoth(outcome.append).addBoth(lambda _: reactor.stop())
-
-    reactor.callWhenRunning(begin)
-    reactor.run()
-    (result,) = outcome
-    if not isinstance(result, Failure):
-        return result
-    if result.check(CancelledError):
-        sys.exit(0)
-    result.raiseException()
-    raise AssertionError
 
 
 def main() -> NoReturn:

@@ -64,7 +64,7 @@ class Daemon:
             raise MountError(str(said.get("error", response.status)))
         return said
 
-    def mount(self, mountpoint: str, options: Mapping[str, str | bool], timeout: float) -> Any:
+    def mount(self, mountpoint: str, options: Mapping[str, str | bool], timeout: float | None) -> Any:
         """Mount the image that is among the options; when it can be used, what it is. The same again is no
         error."""
         return self.call("PUT", _mount(mountpoint), dict(options), timeout)

@@ -167,10 +167,11 @@ FLOORS: dict[int, list[str]] = {
         "inspection",
         "listing",
         "messages",
+        "running",
         "serving",
         "unmounting",
     ],
-    8: ["tap", "cli"],
+    8: ["tap", "cli", "mounthelper"],
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 ROOTS = {"", "errors", "interfaces"}
