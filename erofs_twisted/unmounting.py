@@ -25,7 +25,7 @@ POLL = 0.02
 
 
 def end_mount(journal: Journal, path: str, lazy: bool = False) -> None:
-    """As `unmount`, for a program that has no reactor yet: it blocks. A daemon with many mounts does it itself."""
+    """As `unmount`, for a program without a reactor: it blocks. A daemon with many mounts does it itself."""
     record = journal.read(path)
     if record is not None and record.service and daemon_runs(record):
         Daemon(journal.state_dir / SOCKET).unmount(path, lazy)

@@ -13,7 +13,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from tests.controlled import Controlled
-from tests.daemon import BIN, DaemonTestCase, run, until
+from tests.daemon import BIN, DaemonTestCase, mounts, run, until
 from tests.scenery import contents, scenery
 
 SHOWN = """
@@ -263,3 +263,67 @@ class SocketTests(ControlTestCase):
         self.assertIn("private", shown)
         self.assertNotIn("hush-hush", shown)
         self.assert_all_gone()
+
+
+class MountProgramTests(DaemonTestCase):
+    """mount(8) finds us by the type, and a daemon is started if none listens."""
+
+    attach = "fuse"
+
+    def setUp(self) -> None:
+        super().setUp()
+        for name in ("mount.erofs-nbd", "umount.erofs-nbd"):
+            link = Path("/sbin", name)
+            if not os.path.lexists(link):
+                link.symlink_to(BIN / name)
+                self.addCleanup(link.unlink)
+        self.options = f"attach=fuse,state-dir={self.directory}/state,cache-dir={self.directory}/cache"
+        self.addCleanup(self.end_daemon)
+
+    def end_daemon(self) -> None:
+        """The one that was started for us."""
+        state_dir = self.directory / "state"
+        if (state_dir / "control").exists():
+            said = run(BIN / "erofs-nbd", "status", "--state-dir", state_dir, check=True).stdout
+            pid = json.loads(said)["pid"]
+            os.kill(pid, signal.SIGTERM)
+            until("it has ended", lambda: not Path(f"/proc/{pid}").exists() or os.waitpid(pid, os.WNOHANG)[0])
+
+    def mount(self, image: str, name: str, options: str) -> subprocess.CompletedProcess[str]:
+        path = self.directory / name
+        path.mkdir(exist_ok=True)
+        return run("mount", "-t", "erofs-nbd", image, path, "-o", options)
+
+    def test_images_are_mounted_and_unmounted(self) -> None:
+        one, two = (self.registry.image("app", tag) for tag in ("index", "plain"))
+        done = self.mount(
+            one, "one", f"_netdev,nofail,oci.platform=linux/arm64,noexec,fill=off,{self.options}"
+        )
+        self.assertEqual((0, ""), (done.returncode, done.stdout + done.stderr))
+        self.assertEqual(0, self.mount(two, "two", self.options).returncode)
+        self.assert_same(contents(scenery().tree), contents(self.directory / "one"))
+        mounted = next(each for each in mounts() if each.path == str(self.directory / "one"))
+        self.assertEqual("erofs", mounted.fstype)
+        listed = json.loads(
+            run(BIN / "erofs-nbd", "ls", "--json", "--state-dir", self.directory / "state").stdout
+        )
+        self.assertEqual(1, len({each["pid"] for each in listed}), "one daemon for both")
+        self.assertEqual(scenery().layers["plain"]["digest"], listed[0]["layer"])
+        for name in ("one", "two"):
+            self.assertEqual(0, run("umount", self.directory / name).returncode)
+        self.end_daemon()
+        self.assert_nothing_left()
+
+    def test_what_is_wrong_is_said_in_one_line(self) -> None:
+        for options, reason in (
+            ("fill=maybe", "mount.erofs-nbd: -o fill: 'maybe'"),
+            ("strange=1", "an option that this kernel"),
+            ("oci.layer", "-o oci.layer: has no value"),
+        ):
+            done = self.mount(self.registry.image("app"), "one", f"{options},{self.options}")
+            self.assertEqual(32, done.returncode)
+            self.assertIn(reason, done.stderr)
+            self.assertNotIn("Traceback", done.stderr)
+        done = self.mount(self.registry.image("app", "tar"), "one", self.options)
+        self.assertEqual(32, done.returncode)
+        self.assertIn("not EROFS", done.stderr)

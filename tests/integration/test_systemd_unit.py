@@ -7,7 +7,8 @@ from pathlib import Path
 
 from tests.servers import tool
 
-UNIT = Path(__file__).parents[2] / "etc" / "systemd" / "erofs-nbd@.service"
+UNITS = Path(__file__).parents[2] / "etc" / "systemd"
+UNIT = UNITS / "erofs-nbd@.service"
 PROGRAMS = "/opt/erofs-twisted/bin"
 
 
@@ -30,6 +31,14 @@ def instance(directory: Path, text: str) -> Path:
 def test_systemd_finds_nothing_wrong_with_the_unit(tmp_path: Path) -> None:
     said = analyze("verify", "--man=no", instance(tmp_path, UNIT.read_text()))
     assert [line for line in said.splitlines() if "erofs-nbd@" in line] == []
+
+
+def test_systemd_finds_nothing_wrong_with_the_units_of_many_mounts(tmp_path: Path) -> None:
+    instance(tmp_path, "")
+    for name in ("erofs-nbd.socket", "erofs-nbd.service"):
+        (tmp_path / name).write_text((UNITS / name).read_text().replace(PROGRAMS, str(tmp_path)))
+    said = analyze("verify", "--man=no", tmp_path / "erofs-nbd.service", tmp_path / "erofs-nbd.socket")
+    assert [line for line in said.splitlines() if "erofs-nbd." in line] == []
 
 
 def test_systemd_would_say_what_is_wrong(tmp_path: Path) -> None:

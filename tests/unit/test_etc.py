@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 from twisted.trial.unittest import SynchronousTestCase
 
-from erofs_twisted.options import MountConfig
+from erofs_twisted.control.client import SOCKET
+from erofs_twisted.options import MountConfig, ServiceConfig
 from erofs_twisted.tap import Options
 
 ETC = Path(__file__).parents[2] / "etc"
@@ -34,8 +36,12 @@ def parsed(arguments: list[str]) -> MountConfig:
     return options.config
 
 
-class UnitTests(SynchronousTestCase):
-    unit = ETC / "systemd" / "erofs-nbd@.service"
+class Unit:
+    """What holds of all units that mount."""
+
+    unit: Path
+    assertEqual: Any
+    assertNotIn: Any
 
     def test_the_mount_appears_in_the_namespace_of_the_host(self) -> None:
         names = {name for name, _ in settings(self.unit)}
@@ -43,14 +49,6 @@ class UnitTests(SynchronousTestCase):
 
     def test_openssl_may_call_back_into_python(self) -> None:
         self.assertNotIn("MemoryDenyWriteExecute", {name for name, _ in settings(self.unit)})
-
-    def test_the_command_is_one_that_twistd_takes_with_the_example_configuration(self) -> None:
-        environment = dict(settings(ETC / "erofs-twisted" / "example.conf"))
-        (command,) = (value for name, value in settings(self.unit) if name == "ExecStart")
-        words = re.sub(r"\$\{?(\w+)\}?", lambda found: environment[found[1]], command).split()
-        config = parsed(words[words.index("erofs-nbd") + 1 :])
-        self.assertEqual(environment["IMAGE"], str(config.image.reference))
-        self.assertEqual(environment["MOUNTPOINT"], config.mountpoint)
 
     def test_nothing_unmounts_what_a_daemon_that_died_has_left(self) -> None:
         commands = [value for name, value in settings(self.unit) if name.startswith("Exec")]
@@ -71,10 +69,55 @@ class UnitTests(SynchronousTestCase):
     def test_nbdfuse_is_not_told_to_end_beside_its_daemon(self) -> None:
         self.assertEqual("mixed", dict(settings(self.unit))["KillMode"])
 
+
+class OneMountTests(Unit, SynchronousTestCase):
+    unit = ETC / "systemd" / "erofs-nbd@.service"
+
+    def test_the_command_is_one_that_twistd_takes_with_the_example_configuration(self) -> None:
+        environment = dict(settings(ETC / "erofs-twisted" / "example.conf"))
+        (command,) = (value for name, value in settings(self.unit) if name == "ExecStart")
+        words = re.sub(r"\$\{?(\w+)\}?", lambda found: environment[found[1]], command).split()
+        config = parsed(words[words.index("erofs-nbd") + 1 :])
+        self.assertEqual(environment["IMAGE"], str(config.image.reference))
+        self.assertEqual(environment["MOUNTPOINT"], config.mountpoint)
+
     def test_a_read_of_the_superblock_fails_by_itself_before_systemd_gives_up(self) -> None:
         (limit,) = (value for name, value in settings(self.unit) if name == "TimeoutStartSec")
         config = parsed(shlex.split("--image registry.example/app --mountpoint /mnt"))
         self.assertGreater(float(limit.removesuffix("s")), config.image.registry.io_timeout)
+
+
+class ManyMountsTests(Unit, SynchronousTestCase):
+    unit = ETC / "systemd" / "erofs-nbd.service"
+
+    def test_the_command_is_one_that_twistd_takes(self) -> None:
+        (command,) = (value for name, value in settings(self.unit) if name == "ExecStart")
+        options = Options()
+        options.parseOptions([*command.split()[4:-1], "--cache-size", "100G"])
+        self.assertIsInstance(options.config, ServiceConfig)
+
+    def test_the_socket_is_where_the_commands_look_for_it(self) -> None:
+        found = dict(settings(ETC / "systemd" / "erofs-nbd.socket"))
+        (command,) = (value for name, value in settings(self.unit) if name == "ExecStart")
+        self.assertIn("--state-dir=/run/erofs-twisted ", command)
+        self.assertEqual(f"/run/erofs-twisted/{SOCKET}", found["ListenStream"])
+        self.assertEqual(("0600", "0700"), (found["SocketMode"], found["DirectoryMode"]))
+
+    def test_but_for_what_is_of_one_mount_the_units_agree(self) -> None:
+        apart = {
+            "Description",
+            "ConditionPathExists",
+            "EnvironmentFile",
+            "ExecStart",
+            "LoadCredential",
+            "TimeoutStartSec",
+        }
+        apart |= {"After", "Environment", "Requires", "Also"}
+
+        def common(unit: Path) -> list[tuple[str, str]]:
+            return [each for each in settings(unit) if each[0] not in apart]
+
+        self.assertEqual(common(OneMountTests.unit), common(self.unit))
 
 
 class UdevTests(SynchronousTestCase):
