@@ -219,7 +219,7 @@ def wait(mountpoint: str, timeout: float, state_dir: str | None) -> None:
 @takes("state-dir")
 def umount(mountpoint: str, lazy: bool, state_dir: str | None) -> None:
     """Unmount MOUNTPOINT and wait until its device and its daemon have gone."""
-    from erofs_twisted.unmounting import end_mount
+    from erofs_twisted.ending import end_mount
 
     end_mount(Journal(read_state_dir({"state-dir": state_dir})), os.path.realpath(mountpoint), lazy)
 

@@ -60,6 +60,10 @@ class Devices:
                 return served
         return None
 
+    def all(self) -> list[Served]:
+        """Everything that is served now."""
+        return [served for _, served in self._served]
+
     def on(self, path: str) -> Served | None:
         """What is served on a device."""
         return next((served for _, served in self._served if served.device.path == path), None)

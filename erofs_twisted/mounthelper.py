@@ -165,7 +165,7 @@ def umount(
     namespace: str | None,
 ) -> None:
     """Unmount MOUNTPOINT, and wait until nothing is left of it. For umount(8)."""
-    from erofs_twisted.unmounting import end_mount
+    from erofs_twisted.ending import end_mount
 
     if namespace is not None:
         raise MountError("-N: the daemon mounts in the mount namespace that it runs in")

@@ -92,7 +92,7 @@ class Mounts:
         self._defaults = {**defaults, "state-dir": str(state_dir)}
         self._state_dir = state_dir
         self._lines = lines
-        self._devices = Devices(reactor)
+        self.devices = Devices(reactor)
         self._running: dict[str, _Running] = {}
         self._restoring: dict[str, Deferred[None]] = {}
         self._began = reactor.seconds()
@@ -176,7 +176,7 @@ class Mounts:
 
     async def stop(self) -> None:
         """When all has ended: the last threads."""
-        await self._devices.close()
+        await self.devices.close()
 
     async def _mount(self, mountpoint: str, options: Options, pinned: str = "") -> tuple[bool, Any]:
         config = await self._read(mountpoint, options)
@@ -204,10 +204,10 @@ class Mounts:
             raise MountError("the daemon is about to end")
         values = {**self._defaults, **options, "mountpoint": mountpoint, "state-dir": str(self._state_dir)}
         # The path may lead through a mount of our own, which this thread serves.
-        return await in_thread(self._reactor, self._devices.pool, read_mount_config, values)
+        return await in_thread(self._reactor, self.devices.pool, read_mount_config, values)
 
     def _begin(self, config: MountConfig, pinned: str) -> _Running:
-        mount = Mount(self._reactor, config, self._devices, service=True, pinned=pinned)
+        mount = Mount(self._reactor, config, self.devices, service=True, pinned=pinned)
         running = self._running[config.mountpoint] = _Running(mount)
         _ = mount.ready.addCallback(lambda _: running.come_up())
         life = Deferred.fromCoroutine(mount.live())

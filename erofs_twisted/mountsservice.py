@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ from erofs_twisted.mounts import Mounts
 from erofs_twisted.ownerport import OwnerPort
 from erofs_twisted.process import ExitStatus, on_stop_signal, resume_collections
 from erofs_twisted.recentlines import RecentLines
+from erofs_twisted.watchdog import Watchdog, interval
 
 
 class MountsService(Service):
@@ -45,6 +47,7 @@ class MountsService(Service):
         self._inherited = inherited
         self._notify = sdnotify.SystemdNotifier().notify
         self._mounts: Mounts | None = None
+        self._watchdog: Watchdog | None = None
         self._ending: Deferred[None] | None = None
 
     def startService(self) -> None:
@@ -92,6 +95,10 @@ class MountsService(Service):
 
         restored = mounts.restore()
         resume_collections()
+        self._watchdog = Watchdog(self._reactor, mounts.devices.pool, mounts.devices.all, self._notify)
+        seconds = interval(os.environ)
+        if seconds is not None:
+            self._watchdog.start(seconds)
         self._notify(f"READY=1\nSTATUS=listening on {self._state_dir / SOCKET}")
         self.log.info(
             "listening on {socket}; {count} mounts to restore",
@@ -109,6 +116,8 @@ class MountsService(Service):
 
     async def _end(self, mounts: Mounts) -> None:
         await mounts.close()
+        if self._watchdog is not None:
+            self._watchdog.stop()
         await mounts.stop()
         await maybeDeferred(self._port.stopListening)
         if self.running:

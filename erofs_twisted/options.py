@@ -119,6 +119,9 @@ MOUNT_OPTIONS = (
         "on-stop", "wait|lazy", "told to stop while in use: wait for the mount's users, or umount -l [wait]"
     ),
     Option("state-dir", "DIR", "where mounts are recorded [/run/erofs-twisted]"),
+    Option(
+        "supervise", None, "with twistd -n: a parent process starts the daemon anew, at once, when it dies"
+    ),
     Option("nbd-io-timeout", "MS", "the block layer's queue/io_timeout of the device [1000]"),
     Option("nbd-timeout", "SECONDS", "the driver's request timeout; 0: none, a slow reply hurts nobody [0]"),
     Option("nbd-dead-conn-timeout", "SECONDS", "how long the kernel keeps reads of a dead daemon [300]"),
@@ -280,14 +283,15 @@ def read_mount_call(values: Values) -> dict[str, str | bool]:
 
 
 _PATHS = frozenset({"auth-file", "cache-dir", "hosts-dir", "mountpoint", "state-dir", "tls-ca"})
-_SECRET = frozenset({"username", "password", "password-file"})
+_NOT_REPEATED = frozenset({"username", "password", "password-file", "supervise"})
+"""What is secret, and what is of the process and not of the mount."""
 
 
 def _repeatable(values: Values) -> dict[str, str | bool]:
     """What was typed, as it may be kept, and typed again in another directory."""
     kept: dict[str, str | bool] = {}
     for name, value in _with_oci_shorthand(values).items():
-        if name not in OPTIONS or name in _SECRET or value in (None, False, 0):
+        if name not in OPTIONS or name in _NOT_REPEATED or value in (None, False, 0):
             continue
         text = str(value)
         if OPTIONS[name].metavar is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import sdnotify
@@ -13,6 +14,7 @@ from erofs_twisted.devices import Devices
 from erofs_twisted.mounting import Mount
 from erofs_twisted.options import MountConfig
 from erofs_twisted.process import ExitStatus, on_stop_signal, resume_collections
+from erofs_twisted.watchdog import Watchdog, interval
 
 
 class MountService(Service):
@@ -60,7 +62,12 @@ class MountService(Service):
         devices = Devices(self._reactor)
         self.mount = Mount(self._reactor, self._config, devices)
         _ = self.mount.ready.addCallback(self._say_ready)
+        watchdog = Watchdog(self._reactor, devices.pool, devices.all, self._notify)
+        seconds = interval(os.environ)
+        if seconds is not None:
+            watchdog.start(seconds)
         failure = await self.mount.live()
+        watchdog.stop()
         await devices.close()
         self._exit_status.status = 0 if failure is None else 1
         if self.running:

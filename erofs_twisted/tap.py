@@ -64,6 +64,10 @@ class Options(usage.Options):
             )
 
     def postOptions(self) -> None:
+        if self["supervise"] and self.parent is not None and not self.parent["nodaemon"]:
+            raise usage.UsageError(
+                "--supervise goes with twistd -n: whoever starts that has a process to watch already"
+            )
         conceal_arguments(passwords_on_command_line(self))
         try:
             is_one = self["image"] is not None or self["mountpoint"] is not None
@@ -75,11 +79,16 @@ class Options(usage.Options):
 def makeService(options: Options) -> IService:
     """Build the service; nothing is opened until it starts, for twistd forks in between."""
     put_off_collections()
+    config = options.config
+    if options["supervise"]:
+        from erofs_twisted.supervising import supervise
+
+        is_one = isinstance(config, MountConfig)
+        supervise("erofs_twisted.service" if is_one else "erofs_twisted.mountsservice")
     from twisted.internet import reactor
 
     exit_status = ExitStatus()
     exit_status.install()
-    config = options.config
     if isinstance(config, MountConfig):
         from erofs_twisted.service import MountService
 

@@ -7,13 +7,11 @@ from typing import Any
 from twisted.internet.task import deferLater
 from twisted.python.threadpool import ThreadPool
 
-from erofs_twisted.control.client import SOCKET, Daemon
 from erofs_twisted.device.driver import NBDDriver
 from erofs_twisted.device.fuse import clear_away
 from erofs_twisted.errors import MountError
 from erofs_twisted.mount.mountpoint import Mountpoint
 from erofs_twisted.pool import SystemCallPool
-from erofs_twisted.running import run
 from erofs_twisted.state.journal import Journal, daemon_runs
 from erofs_twisted.state.records import MountRecord, Status
 from erofs_twisted.syscalls import in_thread
@@ -22,15 +20,6 @@ PATIENCE = 30.0
 """Seconds that a daemon has, once its mount has gone, to give its device back and end."""
 
 POLL = 0.02
-
-
-def end_mount(journal: Journal, path: str, lazy: bool = False) -> None:
-    """As `unmount`, for a program without a reactor: it blocks. A daemon with many mounts does it itself."""
-    record = journal.read(path)
-    if record is not None and record.service and daemon_runs(record):
-        Daemon(journal.state_dir / SOCKET).unmount(path, lazy)
-        return
-    run(lambda reactor: unmount(reactor, journal, path, lazy))
 
 
 async def unmount(reactor: Any, journal: Journal, path: str, lazy: bool = False) -> None:

@@ -12,6 +12,7 @@ import threading
 from pathlib import Path
 from urllib.parse import quote
 
+from erofs_twisted.state.records import Status
 from tests.controlled import Controlled
 from tests.daemon import BIN, DaemonTestCase, mounts, run, until
 from tests.scenery import contents, scenery
@@ -327,3 +328,66 @@ class MountProgramTests(DaemonTestCase):
         done = self.mount(self.registry.image("app", "tar"), "one", self.options)
         self.assertEqual(32, done.returncode)
         self.assertIn("not EROFS", done.stderr)
+
+
+class SuperviseTests(DaemonTestCase):
+    """A parent that forks the daemon, and forks it again when it dies."""
+
+    attach = "fuse"
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.controlled = Controlled(self.directory / "s", ("--attach", self.attach, "--supervise"))
+        self.addCleanup(self.controlled.kill)
+
+    def daemon_pid(self) -> int:
+        try:
+            return int(self.controlled.call("GET", "/v1/status")[1]["pid"])
+        except OSError:
+            return 0
+
+    def test_one_that_is_killed_is_followed_by_another_that_has_its_mounts(self) -> None:
+        self.controlled.start()
+        one = self.controlled.mount(self.registry.image("app"), "one")
+        killed = self.daemon_pid()
+        self.assertNotEqual(self.controlled.pid, killed)
+        os.kill(killed, signal.SIGKILL)
+        until("another one listens", lambda: self.daemon_pid() not in (0, killed))
+        until(
+            "it has the mount",
+            lambda: self.controlled.call("GET", "/v1/mounts")[1]["mounts"][0]["status"] == "ready",
+        )
+        self.assert_same(contents(scenery().tree), contents(one))
+        self.assertEqual(0, self.controlled.stop())
+        self.assert_nothing_left()
+
+    def test_its_end_and_its_status_are_the_parents(self) -> None:
+        self.controlled.start()
+        os.kill(self.daemon_pid(), signal.SIGTERM)
+        self.assertEqual(0, self.controlled.ended())
+        self.controlled.start()
+        other = Controlled(self.directory / "s", self.controlled.options)
+        with self.assertRaisesRegex(AssertionError, "status 1"):
+            other.start()
+        self.assertEqual(0, self.controlled.stop())
+        self.assert_nothing_left()
+
+    def test_one_mount_is_supervised_too(self) -> None:
+        daemon = self.daemon(self.registry.image("app"), "--supervise", foreground=True)
+        daemon.start()
+
+        def serving() -> int:
+            record = daemon.record()
+            return record.pid if record is not None and record.status is Status.READY else 0
+
+        killed = until("it has mounted", serving)
+        self.assertNotEqual(daemon.pid, killed)
+        os.kill(killed, signal.SIGKILL)
+        until("another one has mounted", lambda: serving() not in (0, killed))
+        daemon.signal(signal.SIGTERM)
+        self.assert_ends_well(daemon)
+
+    def test_in_the_background_it_is_refused(self) -> None:
+        done = run(BIN / "twistd", "--pidfile=", "erofs-nbd", "--supervise")
+        self.assertEqual(1, done.returncode)
+        self.assertIn("--supervise goes with twistd -n", done.stderr)

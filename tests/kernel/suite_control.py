@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPException
 from pathlib import Path
 from urllib.parse import quote
 
@@ -20,6 +22,9 @@ from tests.scenery import BIG, scenery, sha256
 MANY = 100
 AGAIN = 20
 MOST_MEMORY = 200 << 20
+READERS, KILLS = 4, 4
+LONGEST_PAUSE = 3.0
+"""Seconds that a read takes at most where a parent has all imported."""
 SLOWEST_CALL = 0.1
 """Seconds, of 99 calls in 100."""
 REQUEUED = 2.5
@@ -104,6 +109,36 @@ class KillTests(ControlTestCase):
         self.assertEqual(devices[0], devices[1])
         self.assert_whole(*paths)
         self.assert_all_gone()
+
+    def test_a_parent_has_the_next_one_up_at_once_however_often(self) -> None:
+        self.assertEqual(0, self.controlled.stop())
+        self.controlled.options = (*self.controlled.options, "--supervise")
+        self.controlled.start()
+        one = self.controlled.mount(self.registry.image("one"), "one")
+        readers = [Reader(one / BIG, scenery().tree / BIG, seed) for seed in range(READERS)]
+        for reader in readers:
+            self.addCleanup(reader.kill)
+        starts = []
+        for _ in range(KILLS):
+            time.sleep(REQUEUED)
+            pid = self.daemon_pid()
+            began = time.monotonic()
+            os.kill(pid, signal.SIGKILL)
+            until("the next one listens", lambda pid=pid: self.daemon_pid() not in (0, pid))
+            starts.append(time.monotonic() - began)
+        time.sleep(REQUEUED)
+        longest = max(reader.end()["pauses"][0] for reader in readers)
+        print(f"\nthe next one listens after {max(starts):.2f} s at most; longest pause {longest:.2f} s")
+        self.assertLess(longest, LONGEST_PAUSE)
+        self.assert_whole(one)
+        self.assert_all_gone()
+
+    def daemon_pid(self) -> int:
+        """Below its parent; 0 where none listens."""
+        try:
+            return int(self.controlled.call("GET", "/v1/status")[1]["pid"])
+        except (OSError, HTTPException):
+            return 0
 
     def test_what_is_cached_comes_up_without_its_registry_and_the_rest_when_that_is_back(self) -> None:
         whole = self.controlled.mount(self.registry.image("whole", "plain"), "whole", "--fill", "full")
