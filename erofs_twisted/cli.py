@@ -178,6 +178,18 @@ def status(mountpoint: str | None, state_dir: str | None) -> None:
 
 
 @commands.command()
+@click.option("--timeout", metavar="SECONDS", type=click.FloatRange(min=0), default=60.0, show_default=True)
+@takes("state-dir")
+def upgrade(timeout: float, state_dir: str | None) -> None:
+    """Have the daemon that listens in --state-dir replaced by the program that is installed now.
+
+    Its mounts stay; what reads them waits for as long as a start takes. Returns when all are there again.
+    """
+    said = _daemon(state_dir).upgrade(timeout)
+    click.echo(f"version {said['version']}, process {said['pid']}, {said['mounts']} mounts")
+
+
+@commands.command()
 @click.argument("mountpoint", required=False)
 @click.option("-f", "--follow", is_flag=True, help="go on with what is logged from now on, until Ctrl-C")
 @takes("state-dir")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Hashable
+from contextlib import AsyncExitStack
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -13,6 +14,7 @@ from twisted.logger import Logger
 
 from erofs_twisted.image import OpenImage
 from erofs_twisted.interfaces import IBlockDevice
+from erofs_twisted.nbd.server import NBDServer
 from erofs_twisted.pool import SystemCallPool
 
 HELD_RETRY = 1.0
@@ -21,15 +23,31 @@ HELD_RETRY = 1.0
 
 @attrs.define(eq=False)
 class Served:
-    """A layer as a device, with all that is behind it. ``identifier`` is what it says of its server; ``end``
-    takes all of it back."""
+    """A layer as a device, with all that is behind it. ``identifier`` is what it says of its server."""
 
     image: OpenImage
+    server: NBDServer
     device: IBlockDevice
     backend: str
     identifier: str
-    end: Callable[[], Awaitable[None]]
     users: int = 0
+
+    async def end(self) -> None:
+        """Take the device back, and all that is behind it."""
+        async with self._behind() as undo:
+            undo.push_async_callback(self.device.detach)
+
+    async def leave(self) -> None:
+        """Leave the device as it is, without a server: reads wait for the next one."""
+        self.device.leave()
+        async with self._behind():
+            pass
+
+    def _behind(self) -> AsyncExitStack:
+        undo = AsyncExitStack()
+        undo.push_async_callback(self.image.close)
+        undo.push_async_callback(self.server.stop)
+        return undo
 
     def abandon(self) -> None:
         """Fail the reads of its only user; nothing where there are others."""
@@ -98,5 +116,15 @@ class Devices:
             await deferLater(self._reactor, HELD_RETRY)
         if served.users:
             return
-        self._served = [(kind, each) for kind, each in self._served if each is not served]
+        self._forget(served)
         await served.end()
+
+    async def leave(self, served: Served) -> None:
+        """One user less. After the last one it is left to another daemon."""
+        served.users -= 1
+        if not served.users:
+            self._forget(served)
+            await served.leave()
+
+    def _forget(self, served: Served) -> None:
+        self._served = [(kind, each) for kind, each in self._served if each is not served]

@@ -113,6 +113,9 @@ class IBlockDevice(Interface):
     def is_held() -> Deferred[bool]:
         """A Deferred of bool: does anything (a mount in any namespace, an open file) still use it?"""
 
+    def leave() -> None:
+        """Its server is about to go, and the device to stay, for another process to `adopt`."""
+
     def detach() -> Deferred[None]:
         """Give the device back; a Deferred of None when the kernel has let go of it. Idempotent."""
 
@@ -159,6 +162,10 @@ class IMounts(Interface):
     def log_lines(mountpoint: str, after: int) -> dict[str, Any]:
         """The last lines of its log since number ``after``, those about a mount or ('') all; and the number
         to ask for next. Raises `erofs_twisted.control.errors.NoSuchMount`."""
+
+    def upgrade() -> None:
+        """Begin to go on as the program that is installed now, with the same mounts. Raises
+        `erofs_twisted.errors.MountError` where one of them cannot be left to that."""
 
     def mounts() -> list[dict[str, Any]]:
         """All of them."""

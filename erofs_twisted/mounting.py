@@ -46,11 +46,16 @@ class Event(enum.Enum):
     UNMOUNTED = enum.auto()
     DEVICE_LOST = enum.auto()
     STOP = enum.auto()
+    LEAVE = enum.auto()
     RETRY = enum.auto()
 
 
 class Stopped(Exception):
     """Told to stop while starting: no failure."""
+
+
+class Left(Exception):
+    """Told to leave it all to another daemon: no failure either."""
 
 
 class Mount:
@@ -107,6 +112,10 @@ class Mount:
             give_up()
         self._events.put(Event.STOP)
 
+    def leave(self) -> None:
+        """End, and leave device and mount as they are, to another daemon. Only where it is up, by nbd."""
+        self._events.put(Event.LEAVE)
+
     async def live(self) -> str | None:
         """From the first step to the last one; then why it failed, or None where its end was asked for."""
         config = self.config
@@ -126,6 +135,11 @@ class Mount:
             self.log.info("stopped before {path} was mounted", path=config.mountpoint)
             if self._leaves:
                 failure = "stopped before it was taken over; its mount waits for a daemon"
+        except Left:
+            self.log.info("{path} is left to the next daemon", path=config.mountpoint)
+            assert state is not None
+            state.leave()
+            return None
         except ErofsTwistedError as error:
             failure = str(error)
             self.log.critical("{path}: {reason}", path=config.mountpoint, reason=failure)
@@ -163,7 +177,7 @@ class Mount:
         if not keeps:
             self._raise_if_stopped()
             await self._mount(mountpoint, served)
-        undo.push_async_callback(mountpoint.unmount, lazy=True)
+        undo.push_async_callback(self._take_away, mountpoint)
         self._mountpoint = mountpoint
         _ = served.device.lost.addCallback(lambda _: self._events.put(Event.DEVICE_LOST))
         watch = MountWatch(reactor)
@@ -274,14 +288,21 @@ class Mount:
         except BaseException:
             await undo.aclose()
             raise
-        return Served(image, device, connector.name, identifier, undo.aclose)
+        return Served(image, server, device, connector.name, identifier)
 
     def _not_checked(self, failure: Failure) -> None:
         failure.trap(ErofsTwistedError, CancelledError)
         self.log.warn("the rest of the image is not fetched: {reason}", reason=failure.getErrorMessage())
 
+    async def _take_away(self, mountpoint: Mountpoint) -> None:
+        if not self._leaves:
+            await mountpoint.unmount(lazy=True)
+
     async def _give_back(self, served: Served, state: MountState) -> None:
         self.served = None
+        if self._leaves:
+            await self._devices.leave(served)
+            return
         await self._devices.give_back(served)
         state.update(**NOTHING)
 
@@ -306,6 +327,9 @@ class Mount:
     async def _serve(self, mountpoint: Mountpoint, served: Served, state: MountState) -> None:
         """Until the image is unmounted, by us or by somebody else."""
         while (event := await self._events.get()) is not Event.UNMOUNTED:
+            if event is Event.LEAVE:
+                self._leaves = True
+                raise Left
             if event is Event.DEVICE_LOST:
                 path = served.device.path
                 raise MountError(f"{path} was disconnected by somebody else; reads of the mount fail")

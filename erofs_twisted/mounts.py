@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import secrets
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,14 @@ class Mounts:
 
     log = Logger()
 
-    def __init__(self, reactor: Any, defaults: Options, state_dir: Path, lines: RecentLines) -> None:
+    def __init__(
+        self,
+        reactor: Any,
+        defaults: Options,
+        state_dir: Path,
+        lines: RecentLines,
+        begin_upgrade: Callable[[], object] = lambda: None,
+    ) -> None:
         self._reactor = reactor
         self._defaults = {**defaults, "state-dir": str(state_dir)}
         self._state_dir = state_dir
@@ -97,6 +105,8 @@ class Mounts:
         self._restoring: dict[str, Deferred[None]] = {}
         self._began = reactor.seconds()
         self._is_closing = False
+        self._begin_upgrade = begin_upgrade
+        self._instance = secrets.token_hex(8)
 
     def status(self) -> Any:
         """As `IMounts.status`."""
@@ -107,6 +117,7 @@ class Mounts:
         )
         devices = {each.mount.served.device.path for each in self._running.values() if each.mount.served}
         return {
+            "instance": self._instance,
             "version": __version__,
             "pid": os.getpid(),
             "seconds": round(self._reactor.seconds() - self._began, 1),
@@ -124,6 +135,16 @@ class Mounts:
             words = (mountpoint, *(() if record is None or not record.layer else (record.layer,)))
         number, lines = self._lines.after(after, words)
         return {"next": number, "lines": lines}
+
+    def upgrade(self) -> None:
+        """As `IMounts.upgrade`."""
+        for path, running in self._running.items():
+            served = running.mount.served
+            if served is not None and served.backend != "nbd":
+                raise MountError(
+                    f"{path} is mounted by nbdfuse, which outlives no daemon: unmount it before an upgrade"
+                )
+        self._reactor.callLater(0, self._begin_upgrade)
 
     def mounts(self) -> Any:
         """As `IMounts.mounts`."""
@@ -154,7 +175,7 @@ class Mounts:
         found = [
             record
             for record in Journal(self._state_dir).records()
-            if record.service and not daemon_runs(record)
+            if record.service and (record.pid == os.getpid() or not daemon_runs(record))
         ]
         for record in found:
             restoring = Deferred.fromCoroutine(self._restore(record))
@@ -171,6 +192,23 @@ class Mounts:
         ends = [running.when_ended() for running in self._running.values()]
         for running in list(self._running.values()):
             running.mount.request_stop()
+        for end in ends:
+            await end
+
+    async def leave(self) -> None:
+        """End, and leave all mounts and devices to the next daemon, those that are about to come up too."""
+        self._is_closing = True
+        for running in list(self._running.values()):
+            await running.when_settled()
+        for restoring in list(self._restoring.values()):
+            restoring.cancel()
+        ends = [running.when_ended() for running in self._running.values()]
+        for path, running in list(self._running.items()):
+            if running.mount.served is not None and running.mount.served.backend == "nbd":
+                running.mount.leave()
+            else:
+                self.log.warn("{path} cannot be left to another daemon, and is unmounted", path=path)
+                running.mount.request_stop()
         for end in ends:
             await end
 

@@ -15,10 +15,10 @@ from twisted.logger import Logger, globalLogPublisher
 
 from erofs_twisted.control.client import SOCKET
 from erofs_twisted.control.server import site
-from erofs_twisted.errors import ErofsTwistedError
+from erofs_twisted.errors import ErofsTwistedError, MountError
 from erofs_twisted.mounts import Mounts
 from erofs_twisted.ownerport import OwnerPort
-from erofs_twisted.process import ExitStatus, on_stop_signal, resume_collections
+from erofs_twisted.process import ExitStatus, on_stop_signal, on_upgrade_signal, resume_collections
 from erofs_twisted.recentlines import RecentLines
 from erofs_twisted.watchdog import Watchdog, interval
 
@@ -53,6 +53,7 @@ class MountsService(Service):
     def startService(self) -> None:
         super().startService()  # type: ignore[no-untyped-call]
         on_stop_signal(self._reactor, self.request_stop)
+        on_upgrade_signal(self._reactor, self._ask_for_upgrade)
         self._reactor.callWhenRunning(self._begin)
 
     def stopService(self) -> Deferred[None] | None:
@@ -78,10 +79,28 @@ class MountsService(Service):
         else:
             _ = Deferred.fromCoroutine(self._mounts.close())
 
+    def _ask_for_upgrade(self) -> None:
+        try:
+            if self._mounts is not None:
+                self._mounts.upgrade()
+        except MountError as error:
+            self.log.error("no upgrade: {reason}", reason=str(error))
+
+    def _upgrade(self) -> None:
+        """Go on as the program that is installed now, with the same mounts."""
+        if self._mounts is not None and self._ending is None:
+            self._exit_status.is_again = True
+            self._ending = Deferred.fromCoroutine(self._leave(self._mounts))
+
+    async def _leave(self, mounts: Mounts) -> None:
+        self.log.info("leaving all mounts to the program that is installed now")
+        await mounts.leave()
+        await self._finish(mounts)
+
     def _begin(self) -> None:
         lines = RecentLines()
         globalLogPublisher.addObserver(lines)
-        mounts = Mounts(self._reactor, self._defaults, self._state_dir, lines)
+        mounts = Mounts(self._reactor, self._defaults, self._state_dir, lines, self._upgrade)
         try:
             self._listen(mounts)
         except (ErofsTwistedError, OSError) as error:
@@ -116,6 +135,9 @@ class MountsService(Service):
 
     async def _end(self, mounts: Mounts) -> None:
         await mounts.close()
+        await self._finish(mounts)
+
+    async def _finish(self, mounts: Mounts) -> None:
         if self._watchdog is not None:
             self._watchdog.stop()
         await mounts.stop()

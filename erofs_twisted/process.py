@@ -11,12 +11,21 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import attrs
 
 TWISTD = (sys.executable, "-P", "-c", "from twisted.scripts.twistd import run; run()")
 """The twistd of the interpreter that runs this, wherever its script may be."""
+
+
+def on_upgrade_signal(reactor: Any, upgrade: Callable[[], None]) -> None:
+    """Call ``upgrade`` in the reactor's thread for each SIGUSR2, once the reactor runs."""
+
+    def received(number: int, frame: FrameType | None) -> None:
+        reactor.callFromThread(upgrade)
+
+    reactor.callWhenRunning(signal.signal, signal.SIGUSR2, received)
 
 
 def on_stop_signal(reactor: Any, stop: Callable[[str], None]) -> None:
@@ -37,21 +46,39 @@ def on_stop_signal(reactor: Any, stop: Callable[[str], None]) -> None:
     reactor.callWhenRunning(install)
 
 
+AGAIN = 75
+"""The status of a daemon whose parent is to be what is installed now, and to start the next one."""
+
+
 @attrs.define
 class ExitStatus:
-    """The exit status of a process that ends by leaving twistd, which itself always means 0."""
+    """The exit status of a process that ends by leaving twistd, which itself always means 0.
+
+    With ``is_again`` it ends by beginning anew, as the program that is installed now; with a parent that
+    supervises it, that does so, and is told by the status `AGAIN`.
+    """
 
     status: int = 0
+    is_again: bool = False
+    is_supervised: bool = False
 
     def install(self) -> None:
         """Call early: exit functions run last in, first out, and this one skips those before it."""
         atexit.register(self._leave)
 
     def _leave(self) -> None:
-        if self.status:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(self.status)
+        if not self.status and not self.is_again:
+            return
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if self.is_again and not self.is_supervised:
+            begin_anew()
+        os._exit(AGAIN if self.is_again else self.status)
+
+
+def begin_anew() -> NoReturn:
+    """Replace this process by its own command, as that is installed now."""
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def conceal_arguments(secrets: list[str]) -> None:

@@ -13,7 +13,7 @@ from twisted.logger import Logger
 from erofs_twisted.devices import Devices
 from erofs_twisted.mounting import Mount
 from erofs_twisted.options import MountConfig
-from erofs_twisted.process import ExitStatus, on_stop_signal, resume_collections
+from erofs_twisted.process import ExitStatus, on_stop_signal, on_upgrade_signal, resume_collections
 from erofs_twisted.watchdog import Watchdog, interval
 
 
@@ -34,6 +34,7 @@ class MountService(Service):
     def startService(self) -> None:
         super().startService()  # type: ignore[no-untyped-call]
         on_stop_signal(self._reactor, self.request_stop)
+        on_upgrade_signal(self._reactor, self.upgrade)
         self._reactor.callWhenRunning(self._begin)
 
     def stopService(self) -> Deferred[None] | None:
@@ -54,6 +55,15 @@ class MountService(Service):
         self._notify("STOPPING=1")
         if self.mount is not None:
             self.mount.request_stop()
+
+    def upgrade(self) -> None:
+        """Go on as the program that is installed now, with the same mount, where that can be left."""
+        served = None if self.mount is None else self.mount.served
+        if self.mount is None or served is None or not self.mount.ready.called or served.backend != "nbd":
+            self.log.error("no upgrade: only a mount that is up, by nbd, can be left to another daemon")
+            return
+        self._exit_status.is_again = True
+        self.mount.leave()
 
     def _begin(self) -> None:
         self._life = Deferred.fromCoroutine(self._live())

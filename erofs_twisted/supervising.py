@@ -14,6 +14,8 @@ from types import FrameType
 
 import attrs
 
+from erofs_twisted.process import AGAIN, begin_anew
+
 NEEDED = (
     "erofs_twisted.registry.client",
     "erofs_twisted.registry.layout",
@@ -21,7 +23,7 @@ NEEDED = (
     "twisted.internet.epollreactor",
 )
 """Beside the service's own module: what it would import only when it is needed."""
-FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+FORWARDED: tuple[signal.Signals, ...] = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 SHORT = 1.0
 """Seconds: a daemon that lived for less died of something that is there yet."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0
@@ -31,8 +33,9 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0
 def supervise(service: str) -> None:
     """Fork the daemon, whose module ``service`` is, and fork it again as often as it dies by a signal.
 
-    Returns in the daemon. The parent ends with the status of the one that ended by itself; it passes signals
-    to stop on. There must be no reactor yet, which could not be shared, and no thread.
+    Returns in the daemon. The parent ends with the status of the one that ended by itself. It passes signals
+    to stop and SIGUSR2 on, and begins anew itself where the daemon ends with `AGAIN`. There must be no
+    reactor yet, which could not be shared, and no thread.
     """
     for name in (service, *NEEDED):
         importlib.import_module(name)
@@ -56,6 +59,8 @@ class _Supervisor:
             if self._fork():
                 return
             status = os.waitstatus_to_exitcode(self._wait())
+            if status == AGAIN and not self._is_stopping:
+                begin_anew()
             if status >= 0 or self._is_stopping:
                 _leave(status if status >= 0 else 128 - status)
             self._pause_after(time.monotonic() - began, -status)
@@ -68,8 +73,9 @@ class _Supervisor:
         if self._child:
             for number in FORWARDED:
                 signal.signal(number, self._forward)
+            signal.signal(signal.SIGUSR2, self._pass_on)
         else:
-            for number in FORWARDED:
+            for number in (*FORWARDED, signal.SIGUSR2):
                 signal.signal(number, signal.SIG_DFL)
             if os.environ.get("LISTEN_PID") == str(parent):
                 os.environ["LISTEN_PID"] = str(os.getpid())
@@ -78,6 +84,9 @@ class _Supervisor:
 
     def _forward(self, number: int, frame: FrameType | None) -> None:
         self._is_stopping = True
+        self._pass_on(number, frame)
+
+    def _pass_on(self, number: int, frame: FrameType | None) -> None:
         with suppress(ProcessLookupError):  # it has ended, and that is about to be noticed
             os.kill(self._child, number)
 

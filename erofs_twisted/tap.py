@@ -87,7 +87,7 @@ def makeService(options: Options) -> IService:
         supervise("erofs_twisted.service" if is_one else "erofs_twisted.mountsservice")
     from twisted.internet import reactor
 
-    exit_status = ExitStatus()
+    exit_status = ExitStatus(is_supervised=bool(options["supervise"]))
     exit_status.install()
     if isinstance(config, MountConfig):
         from erofs_twisted.service import MountService

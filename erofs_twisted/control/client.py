@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import socket
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import attrs
 from erofs_twisted.control.errors import NoDaemon
 from erofs_twisted.errors import MountError
 
+POLL = 0.05
 SOCKET = "control"
 """The socket's name in the state directory."""
 
@@ -82,6 +84,26 @@ class Daemon:
     def status(self) -> Any:
         """Of the daemon."""
         return self.call("GET", "status")
+
+    def upgrade(self, timeout: float) -> Any:
+        """Have it replaced by the program that is installed now; when that has all mounts, its `status`."""
+        before = self.call("POST", "upgrade")
+        deadline = time.monotonic() + timeout
+        while True:
+            try:
+                now = self.status()
+                mounts = self.call("GET", "mounts")["mounts"]
+                ready = [each for each in mounts if each["status"] == "ready"]
+                if now["instance"] != before["instance"] and len(ready) >= before["mounts"]:
+                    return now
+            except MountError:
+                if time.monotonic() > deadline:
+                    raise
+            if time.monotonic() > deadline:
+                raise MountError(
+                    f"after {timeout:g} s not all mounts are there again; the daemon's log says why"
+                )
+            time.sleep(POLL)
 
     def log(self, mountpoint: str, after: int = 0) -> Any:
         """Its last lines since number ``after``, those about a mount or ('') all."""

@@ -72,6 +72,9 @@ class Control(Resource):
         match request.method.decode("latin-1"), *where:
             case "GET", "v1", "status":
                 return 200, mounts.status()
+            case "POST", "v1", "upgrade":
+                mounts.upgrade()
+                return 202, mounts.status()
             case "GET", "v1", "log":
                 return 200, mounts.log_lines(_query(request, "mountpoint"), _number(request, "after"))
             case "GET", "v1", "mounts":

@@ -136,6 +136,9 @@ class FuseDevice:
     def is_held(self) -> Deferred[bool]:
         return Deferred.fromCoroutine(in_thread(self._reactor, self._pool, _is_held, self._file, self._loop))
 
+    def leave(self) -> None:
+        raise MountError(f"{self.path} is nbdfuse's, which outlives no server")
+
     def detach(self) -> Deferred[None]:
         return Deferred.fromCoroutine(self._detach())
 

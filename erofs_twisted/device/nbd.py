@@ -164,6 +164,9 @@ class NBDDevice:
             in_thread(self._reactor, self._pool, self._driver.is_held, self._attached)
         )
 
+    def leave(self) -> None:
+        self._detaching = True
+
     def detach(self) -> Deferred[None]:
         return Deferred.fromCoroutine(self._detach())
 

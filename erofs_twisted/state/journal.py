@@ -56,6 +56,11 @@ class MountState:
         self.record = attrs.evolve(self.record, **changes)
         replace_file(str(self.path / RECORD), self.record.to_json(), durable=True)
 
+    def leave(self) -> None:
+        """Give the mount up, leaving what there is, on record, to the next daemon."""
+        os.close(self._lock)
+        self._lock = -1
+
     def release(self, failure: str | None = None) -> None:
         """Give the mount up, leaving nothing; with ``failure``, only the record that tells why, for whoever
         waits for the mount, and what it has left."""
@@ -198,5 +203,6 @@ class Journal:
 
 
 def daemon_runs(record: MountRecord) -> bool:
-    """Is the daemon that wrote a record still the process that it was?"""
+    """Is the daemon that wrote a record still the process that it was? One that has replaced its program, as
+    an upgrade does, is."""
     return process_started(record.pid) == record.pid_started

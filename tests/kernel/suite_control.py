@@ -173,6 +173,49 @@ class KillTests(ControlTestCase):
             driver.detach(driver.find(device))
 
 
+class UpgradeTests(ControlTestCase):
+    """The daemon is replaced by the program that is installed now, under readers."""
+
+    def upgrade(self) -> None:
+        paths = [
+            self.controlled.mount(self.registry.image(name, tag), name)
+            for name, tag in (("one", "lz4"), ("two", "lz4"), ("three", "plain"))
+        ]
+        readers = [Reader(path / BIG, scenery().tree / BIG, seed) for seed, path in enumerate(paths)]
+        for reader in readers:
+            self.addCleanup(reader.kill)
+        time.sleep(1)
+        before = self.controlled.call("GET", "/v1/status")[1]
+        began = time.monotonic()
+        done = self.controlled.erofs_nbd("upgrade")
+        took = time.monotonic() - began
+        self.assertEqual((0, ""), (done.returncode, done.stderr))
+        after = self.controlled.call("GET", "/v1/status")[1]
+        self.assertNotEqual(before["instance"], after["instance"])
+        self.assertEqual((3, 2), (after["mounts"], after["devices"]))
+        time.sleep(1)
+        found = [reader.end() for reader in readers]
+        pauses = sorted(pause for each in found for pause in each["pauses"])
+        reads = sum(each["reads"] for each in found)
+        print(
+            f"\nupgrade in {took:.2f} s; {reads} reads: p99 {1000 * pauses[-max(reads // 100, 1)]:.1f} ms, "
+            f"longest {pauses[-1]:.2f} s"
+        )
+        self.assertLess(pauses[-1], took + REQUEUED)
+        self.assert_whole(*paths)
+        self.controlled.mount(self.registry.image("four"), "four")
+        self.assert_all_gone()
+
+    def test_by_itself(self) -> None:
+        self.upgrade()
+
+    def test_below_a_parent_that_is_replaced_too(self) -> None:
+        self.assertEqual(0, self.controlled.stop())
+        self.controlled.options = (*self.controlled.options, "--supervise")
+        self.controlled.start()
+        self.upgrade()
+
+
 class ManyTests(ControlTestCase):
     def images(self) -> list[str]:
         """As many small ones, each of its own content."""

@@ -13,6 +13,8 @@ from erofs_twisted import devices
 from erofs_twisted.devices import HELD_RETRY, Devices, Served
 from erofs_twisted.errors import MountError
 
+ENDED = ["/dev/nbd0", "server of /dev/nbd0", "image of /dev/nbd0"]
+
 
 class DeviceTests(SynchronousTestCase):
     def setUp(self) -> None:
@@ -21,6 +23,7 @@ class DeviceTests(SynchronousTestCase):
         self.devices = Devices(self.clock)
         self.made: list[str] = []
         self.ended: list[str] = []
+        self.left: list[str] = []
         self.abandoned: list[str] = []
         self.held = 0
         self.waits: Deferred[None] = succeed(None)
@@ -29,13 +32,21 @@ class DeviceTests(SynchronousTestCase):
         path = f"/dev/nbd{len(self.made)}"
         self.made.append(path)
         await self.waits
-        image: Any = SimpleNamespace(abandon=lambda: self.abandoned.append(path))
-        device: Any = SimpleNamespace(path=path, lost=Deferred(), is_held=self.is_held)
+        image: Any = SimpleNamespace(
+            abandon=lambda: self.abandoned.append(path), close=lambda: self.end(f"image of {path}")
+        )
+        server: Any = SimpleNamespace(stop=lambda: self.end(f"server of {path}"))
+        device: Any = SimpleNamespace(
+            path=path,
+            lost=Deferred(),
+            is_held=self.is_held,
+            detach=lambda: self.end(path),
+            leave=lambda: self.left.append(path),
+        )
+        return Served(image, server, device, "nbd", "me")
 
-        async def end() -> None:
-            self.ended.append(path)
-
-        return Served(image, device, "nbd", "me", end)
+    async def end(self, what: str) -> None:
+        self.ended.append(what)
 
     def is_held(self) -> Deferred[bool]:
         self.held -= 1
@@ -98,7 +109,7 @@ class DeviceTests(SynchronousTestCase):
         self.successResultOf(self.give_back(served))
         self.assertEqual([], self.ended)
         self.successResultOf(self.give_back(served))
-        self.assertEqual(["/dev/nbd0"], self.ended)
+        self.assertEqual(ENDED, self.ended)
         self.assertIsNot(served, self.take())
 
     def test_and_when_nothing_holds_it_any_more(self) -> None:
@@ -109,7 +120,7 @@ class DeviceTests(SynchronousTestCase):
         self.assertNoResult(giving)
         self.clock.advance(HELD_RETRY)
         self.successResultOf(giving)
-        self.assertEqual(["/dev/nbd0"], self.ended)
+        self.assertEqual(ENDED, self.ended)
 
     def test_while_that_is_waited_for_it_can_be_taken_again(self) -> None:
         served = self.take()
@@ -121,7 +132,7 @@ class DeviceTests(SynchronousTestCase):
         self.assertEqual([], self.ended)
         self.held = 0
         self.successResultOf(self.give_back(served))
-        self.assertEqual(["/dev/nbd0"], self.ended)
+        self.assertEqual(ENDED, self.ended)
 
     def test_only_its_only_user_abandons_it(self) -> None:
         served = self.take()
@@ -131,3 +142,12 @@ class DeviceTests(SynchronousTestCase):
         self.successResultOf(self.give_back(served))
         served.abandon()
         self.assertEqual(["/dev/nbd0"], self.abandoned)
+
+    def test_the_last_user_may_leave_the_device_to_another_daemon(self) -> None:
+        served = self.take()
+        self.take()
+        self.successResultOf(Deferred.fromCoroutine(self.devices.leave(served)))
+        self.assertEqual([], self.ended)
+        self.successResultOf(Deferred.fromCoroutine(self.devices.leave(served)))
+        self.assertEqual((["/dev/nbd0"], ENDED[1:]), (self.left, self.ended))
+        self.assertIsNot(served, self.take())

@@ -40,6 +40,7 @@ class FakeMount:
     served: Any = None
     record: MountRecord | None = None
     state: Any = None
+    backend: str = "nbd"
 
     async def live(self) -> str | None:
         reference = str(self.config.image.reference)
@@ -54,6 +55,7 @@ class FakeMount:
     def come_up(self) -> None:
         self.served = SimpleNamespace(
             device=SimpleNamespace(path="/dev/nbd0"),
+            backend=self.backend,
             image=SimpleNamespace(missing=7, fetch_all=lambda: succeed(None)),
         )
         self.state.update(status=Status.READY, layer="sha256:1")
@@ -66,6 +68,10 @@ class FakeMount:
 
     def request_stop(self) -> None:
         self.stops += 1
+
+    def leave(self) -> None:
+        self.state.leave()
+        self.life.callback(None)
 
     def unmount(self, lazy: bool) -> Deferred[None]:
         if self.is_busy and not lazy:
@@ -274,6 +280,43 @@ class RestoreTests(MountsTestCase):
         other.update(pid_started=1)
         other.release("killed")
         self.assertEqual(0, self.mounts.restore())
+
+
+class UpgradeTests(MountsTestCase):
+    def begin(self) -> None:
+        self.begun = 0
+        self.mounts = mounts.Mounts(self.clock, {}, self.state_dir, self.lines, self.begin_upgrade)
+
+    def begin_upgrade(self) -> None:
+        self.begun += 1
+
+    def test_it_begins_when_the_caller_has_his_answer(self) -> None:
+        self.up()
+        self.mounts.upgrade()
+        self.assertEqual(0, self.begun)
+        self.clock.advance(0)
+        self.assertEqual(1, self.begun)
+
+    def test_what_outlives_no_daemon_is_named(self) -> None:
+        mounting = self.mounts.mount("/mnt", APP)
+        self.made[0].backend = "fuse"
+        self.made[0].come_up()
+        self.successResultOf(mounting)
+        self.assertIn("/mnt", str(self.assertRaises(MountError, self.mounts.upgrade)))
+        self.assertEqual([], self.clock.getDelayedCalls())
+
+    def test_all_mounts_are_left_on_record_and_the_next_daemon_has_them(self) -> None:
+        self.up("/one")
+        two = self.mounts.mount("/two", OTHER)
+        leaving = Deferred.fromCoroutine(self.mounts.leave())
+        self.assertNoResult(leaving)
+        self.refusal(MountError, "/three", APP)
+        self.made[-1].come_up()
+        self.successResultOf(two)
+        self.successResultOf(leaving)
+        self.assertEqual(["/one", "/two"], sorted(self.records()))
+        self.begin()
+        self.assertEqual(2, self.mounts.restore(), "though their process is this one")
 
 
 class LogTests(MountsTestCase):

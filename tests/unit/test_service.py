@@ -168,6 +168,9 @@ class FakeDevice:
     lost: Deferred[None]
     path: str = "/dev/nbd0"
 
+    def leave(self) -> None:
+        self.world.events.append("leave device")
+
     def is_held(self) -> Deferred[bool]:
         self.world.held -= 1
         return succeed(self.world.held >= 0)
@@ -346,6 +349,28 @@ class InUseTests(MountServiceTestCase):
         self.assert_ended(1)
         self.assertIn("disconnected by somebody else", self.record().reason)
         self.assertEqual("", self.record().device, "it was given back")
+
+
+class UpgradeTests(MountServiceTestCase):
+    def test_device_and_mount_are_left_and_the_process_begins_anew(self) -> None:
+        self.start()
+        self.service.upgrade()
+        self.assertEqual(
+            [*STARTED, "leave device", "stop server", "close image", "stop pool"], self.world.events
+        )
+        self.assertTrue(self.exit_status.is_again)
+        self.assert_ended(0)
+        record = self.record()
+        self.assertEqual((Status.READY, "/dev/nbd0"), (record.status, record.device))
+
+    def test_what_is_not_up_yet_cannot_be_left(self) -> None:
+        self.world.waits["mount"] = Deferred()
+        self.start()
+        self.service.upgrade()
+        self.assertEqual(STARTED, self.world.events)
+        self.assertFalse(self.exit_status.is_again)
+        self.service.request_stop("SIGTERM")
+        self.assert_ended(0)
 
 
 class TakeOverTests(MountServiceTestCase):
