@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 from collections.abc import Mapping
 from pathlib import Path
@@ -53,7 +54,7 @@ class MountsService(Service):
     def startService(self) -> None:
         super().startService()  # type: ignore[no-untyped-call]
         on_stop_signal(self._reactor, self.request_stop)
-        on_upgrade_signal(self._reactor, self._ask_for_upgrade)
+        on_upgrade_signal(self._reactor, self._take_signal)
         self._reactor.callWhenRunning(self._begin)
 
     def stopService(self) -> Deferred[None] | None:
@@ -79,12 +80,19 @@ class MountsService(Service):
         else:
             _ = Deferred.fromCoroutine(self._mounts.close())
 
-    def _ask_for_upgrade(self) -> None:
+    def _take_signal(self) -> None:
+        """From the parent, which is what is installed now, or from a person."""
         try:
-            if self._mounts is not None:
+            if self._exit_status.is_supervised:
+                self._upgrade()
+            elif self._mounts is not None:
                 self._mounts.upgrade()
         except MountError as error:
             self.log.error("no upgrade: {reason}", reason=str(error))
+
+    def _ask_parent(self) -> None:
+        """To be what is installed now first, while this daemon goes on."""
+        os.kill(os.getppid(), signal.SIGUSR2)
 
     def _upgrade(self) -> None:
         """Go on as the program that is installed now, with the same mounts."""
@@ -100,7 +108,8 @@ class MountsService(Service):
     def _begin(self) -> None:
         lines = RecentLines()
         globalLogPublisher.addObserver(lines)
-        mounts = Mounts(self._reactor, self._defaults, self._state_dir, lines, self._upgrade)
+        begin = self._upgrade if not self._exit_status.is_supervised else self._ask_parent
+        mounts = Mounts(self._reactor, self._defaults, self._state_dir, lines, begin)
         try:
             self._listen(mounts)
         except (ErofsTwistedError, OSError) as error:

@@ -47,15 +47,15 @@ def on_stop_signal(reactor: Any, stop: Callable[[str], None]) -> None:
 
 
 AGAIN = 75
-"""The status of a daemon whose parent is to be what is installed now, and to start the next one."""
+"""The status of a daemon whose parent is to start the next one at once."""
 
 
 @attrs.define
 class ExitStatus:
     """The exit status of a process that ends by leaving twistd, which itself always means 0.
 
-    With ``is_again`` it ends by beginning anew, as the program that is installed now; with a parent that
-    supervises it, that does so, and is told by the status `AGAIN`.
+    With ``is_again`` it ends by beginning anew, as the program that is installed now; where a parent
+    supervises it, that has done so, and is told by the status `AGAIN`.
     """
 
     status: int = 0

@@ -84,7 +84,12 @@ def makeService(options: Options) -> IService:
         from erofs_twisted.supervising import supervise
 
         is_one = isinstance(config, MountConfig)
-        supervise("erofs_twisted.service" if is_one else "erofs_twisted.mountsservice")
+        # In the file is the parent: it stays, and the daemon does not.
+        twistd = options.parent
+        pidfile = "" if twistd is None else twistd["pidfile"] or ""
+        if twistd is not None:
+            twistd["pidfile"] = ""
+        supervise("erofs_twisted.service" if is_one else "erofs_twisted.mountsservice", pidfile)
     from twisted.internet import reactor
 
     exit_status = ExitStatus(is_supervised=bool(options["supervise"]))
