@@ -287,6 +287,8 @@ class Mount:
                 await image.check()
         except BaseException:
             await undo.aclose()
+            if not plan.adopts:
+                state.update(**NOTHING)
             raise
         return Served(image, server, device, connector.name, identifier)
 

@@ -270,7 +270,7 @@ class MistakeTests(CommandTestCase):
 
     def test_twistd_refuses_what_is_missing_and_what_is_too_much(self) -> None:
         for words, reason in (
-            ([], "--image"),
+            (["--mountpoint", "/mnt"], "--image"),
             (["--image", "host.example/app"], "--mountpoint"),
             (["--image", "host.example/app", "--mountpoint", "/mnt", "more"], "more"),
             (["--colour", "red"], "colour"),

@@ -254,6 +254,7 @@ class OrderTests(MountServiceTestCase):
             self.assertEqual(
                 (Status.FAILED, f"no luck with {step}"), (self.record().status, self.record().reason)
             )
+            self.assertEqual(("", ""), (self.record().device, self.record().backend), "it was given back")
 
     def test_an_unexpected_error_ends_the_daemon_too(self) -> None:
         self.world.fails["attach"] = KeyError("a bug")
