@@ -66,6 +66,9 @@ FLOORS: dict[int, list[str]] = {
         "state",
         "state.records",
         "state.takeover",
+        "doctor",
+        "doctor.finding",
+        "doctor.machine",
     ],
     1: [
         "nbd.protocol",
@@ -140,9 +143,14 @@ FLOORS: dict[int, list[str]] = {
         "mount.watch",
         "state.journal",
         "process",
+        "doctor.remains",
+        "doctor.report",
     ],
     2: [
         "leftovers",
+        "doctor.search",
+        "doctor.survey",
+        "doctor.examination",
         "prefetch",
         "prefetch.fill",
         "prefetch.metadata",
@@ -155,6 +163,7 @@ FLOORS: dict[int, list[str]] = {
     4: [
         "service",
         "cachekeeping",
+        "doctor.registry",
         "reattaching",
         "recording",
         "tracereport",
@@ -163,7 +172,8 @@ FLOORS: dict[int, list[str]] = {
         "serving",
         "unmounting",
     ],
-    5: ["tap", "cli"],
+    5: ["doctor.cures"],
+    6: ["tap", "cli"],
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 ROOTS = {"", "errors", "interfaces"}
