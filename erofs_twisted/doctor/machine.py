@@ -200,7 +200,7 @@ def _nbd(machine: Machine) -> Iterator[Finding]:
     yield Finding(
         Level.OK,
         "nbd",
-        f"{machine.nbd_connected} devices connected, {machine.nbd_free} free; more are made as they are "
+        f"devices connected: {machine.nbd_connected}, free: {machine.nbd_free}; more are made as they are "
         "needed, whatever nbds_max is",
     )
     if machine.max_part:

@@ -11,7 +11,6 @@ from erofs_twisted.errors import ErofsTwistedError
 from erofs_twisted.image import LayerError, choose_layer
 from erofs_twisted.options import ImageConfig
 from erofs_twisted.pool import SystemCallPool
-from erofs_twisted.registry.manifest import ResolvedImage
 from erofs_twisted.registry.probe import Probe
 from erofs_twisted.registry.store import open_store
 
@@ -21,9 +20,11 @@ CREDENTIALS = "credentials for "
 
 @attrs.frozen
 class Answers:
-    """What came of asking: how far it came before ``problem``, if there was one. ``lines`` are the steps."""
+    """What came of asking. ``digest`` is the image's manifest's, '' where it cannot be had; ``layer_problem``
+    tells why none of its layers can be mounted, ``problem`` whatever else is wrong. ``lines`` are the steps.
+    """
 
-    image: ResolvedImage | None = None
+    digest: str = ""
     probe: Probe | None = None
     problem: str = ""
     layer_problem: str = ""
@@ -38,9 +39,9 @@ async def ask_registry(reactor: Any, config: ImageConfig) -> Answers:
     try:
         store = open_store(reactor, config.reference, config.registry, pool=pool, tell=lines.append)
         try:
-            answers = attrs.evolve(answers, image=await store.resolve(config.platform))
-            assert answers.image is not None
-            layer = choose_layer(answers.image, config.layer)
+            image = await store.resolve(config.platform)
+            answers = attrs.evolve(answers, digest=image.digest)
+            layer = choose_layer(image, config.layer)
             answers = attrs.evolve(answers, probe=await store.probe(layer))
         finally:
             await store.close()
@@ -56,23 +57,23 @@ async def ask_registry(reactor: Any, config: ImageConfig) -> Answers:
 def findings_of(name: str, answers: Answers) -> list[Finding]:
     """``name`` is the image's, as it was asked for."""
     found = []
-    image, probe = answers.image, answers.probe
-    if image is None:
+    digest, probe = answers.digest, answers.probe
+    if not digest:
         found.append(Finding(Level.BAD, "image", _one_line(answers.problem), f"erofs-nbd inspect {name}"))
     else:
-        found.append(Finding(Level.OK, "image", f"{name} is {image.digest}"))
+        found.append(Finding(Level.OK, "image", f"{name} is {digest}"))
     for line in dict.fromkeys(line for line in answers.lines if line.startswith(CREDENTIALS)):
         found.append(Finding(Level.OK, "credentials", line.removeprefix(CREDENTIALS)))
     if answers.layer_problem:
         cure = f"erofs-nbd inspect {name} lists the layers; --layer N names one"
         found.append(Finding(Level.BAD, "layer", _one_line(answers.layer_problem), cure))
-    elif image is not None and answers.problem:
+    elif digest and answers.problem:
         found.append(
             Finding(Level.BAD, "layer", _one_line(answers.problem), f"erofs-nbd inspect --verbose {name}")
         )
     if probe is not None:
         found.append(_of_probe(probe))
-    elif image is not None and not answers.problem and not answers.layer_problem:
+    elif digest and not answers.problem and not answers.layer_problem:
         found.append(Finding(Level.OK, "ranges", "it is on a disk of this machine"))
     return found
 

@@ -26,10 +26,12 @@ def name_in(identifier: str) -> str:
 
 @attrs.frozen(kw_only=True)
 class OnRecord:
-    """``plan`` is for a mount that no daemon serves; None where none can be made: ``problem`` tells why."""
+    """``plan`` is for a mount that no daemon serves; None where none can be made: ``problem`` tells why.
+    ``is_stopped``: its daemon is there, but does not run (SIGSTOP)."""
 
     record: MountRecord
     is_served: bool
+    is_stopped: bool = False
     plan: Plan | None = None
     problem: str = ""
 
@@ -119,6 +121,13 @@ def findings_of(remains: Remains) -> list[Finding]:
 def _of_record(remains: Remains, each: OnRecord) -> Finding:
     record = each.record
     where = record.mountpoint
+    if each.is_stopped:
+        return Finding(
+            Level.BAD,
+            where,
+            f"its daemon (process {record.pid}) was stopped, and who reads the mount waits",
+            f"kill -CONT {record.pid}",
+        )
     if each.is_served:
         if record.status is Status.STOPPING and record.reason:
             return Finding(
@@ -182,7 +191,7 @@ def _of_dead_record(remains: Remains, record: MountRecord, plan: Plan, died: str
             where,
             f"{died}, and {record.device} is gone: reads of the mount fail",
             f"erofs-nbd umount --lazy {where}",
-            (*_unmount(remains, where), forget),
+            (*_unmount(remains, mount_at(remains.mounts, where)), forget),
         )
     if (kept := _device_of(remains, record)) is not None:
         return Finding(
@@ -235,7 +244,7 @@ def _of_device(remains: Remains, device: Device) -> Finding:
                 mount.path,
                 f"{device.path} was disconnected: reads of the mount fail",
                 f"umount -l {mount.path}",
-                _unmount(remains, mount.path) if is_ours else (),
+                _unmount(remains, mount) if is_ours else (),
             )
         return Finding(
             Level.BAD,
@@ -305,15 +314,14 @@ def _of_fuse_mounts(remains: Remains) -> Iterator[Finding]:
                 f"erofs-nbd doctor --state-dir {state_dir}",
             )
         else:
+            unmount = _unmount(remains, mount)
+            clear = Repair(act=Act.CLEAR, target=os.path.dirname(directory))
             yield Finding(
                 Level.BAD,
                 mount.path,
                 "nobody serves its file, and it is not on record: reads of the mount fail",
                 f"umount -l {mount.path}",
-                (
-                    *_unmount(remains, mount.path),
-                    Repair(act=Act.CLEAR, target=os.path.dirname(directory)),
-                ),
+                (*unmount, clear) if unmount else (),
             )
 
 
@@ -398,8 +406,8 @@ def _on_record(remains: Remains, path: str) -> bool:
     return any(each.record.mountpoint == path for each in remains.records)
 
 
-def _unmount(remains: Remains, path: str) -> tuple[Repair, ...]:
-    there = mount_at(remains.mounts, path)
-    if there is None:
+def _unmount(remains: Remains, mount: Mount | None) -> tuple[Repair, ...]:
+    """Nothing where something is mounted over it."""
+    if mount is None or mount_at(remains.mounts, mount.path) != mount:
         return ()
-    return (Repair(act=Act.UNMOUNT, target=path, mount_id=there.mount_id, source=there.source),)
+    return (Repair(act=Act.UNMOUNT, target=mount.path, mount_id=mount.mount_id, source=mount.source),)

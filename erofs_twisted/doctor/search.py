@@ -9,7 +9,7 @@ import os
 import re
 import socket
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from contextlib import suppress
 from pathlib import Path
 
@@ -64,7 +64,7 @@ def look_for_remains(state_dir: Path, driver: NBDDriver | None, directory: Path 
         connected=frozenset(f"/dev/{pid.parent.name}" for pid in BLOCK.glob("nbd*/pid")),
         mounts=mounts,
         backing=backing,
-        fuse=_fuse_directories(state_dir, mounts, backing),
+        fuse=_fuse_directories(state_dir, mounts, backing, {each.path for each in opened}),
         vacant=[str(path) for path in _vacant(state_dir)],
         sockets=[str(path) for path in _dead_sockets(state_dir)],
         pidfiles=[*_pidfiles([*state_dir.glob("*.pid"), (directory or Path.cwd()) / PIDFILE])],
@@ -149,9 +149,9 @@ def _read_records(state_dir: Path) -> tuple[list[MountRecord], list[Damaged]]:
 
 def _on_record(record: MountRecord, driver: NBDDriver | None, mounts: list[Mount], boot: str) -> OnRecord:
     if daemon_runs(record):
-        return OnRecord(record=record, is_served=True)
+        return OnRecord(record=record, is_served=True, is_stopped=_is_stopped(record.pid))
     devices: list[Connected] = []
-    if record.backend == "nbd":
+    if record.backend == "nbd" and record.identifier:
         if driver is None:
             return OnRecord(record=record, is_served=False, problem="what it left takes root to tell")
         devices = driver.connected(record.identifier)
@@ -162,6 +162,13 @@ def _on_record(record: MountRecord, driver: NBDDriver | None, mounts: list[Mount
     except MountError as error:
         return OnRecord(record=record, is_served=False, problem=str(error))
     return OnRecord(record=record, is_served=False, plan=plan)
+
+
+def _is_stopped(pid: int) -> bool:
+    try:
+        return (PROC / str(pid) / "stat").read_text(errors="replace").rpartition(")")[2].split()[0] == "T"
+    except OSError:
+        return False
 
 
 def _devices(
@@ -204,7 +211,7 @@ def _files_of_loop_devices(file: str = "") -> dict[str, str]:
 
 
 def _fuse_directories(
-    state_dir: Path, mounts: Sequence[Mount], backing: dict[str, str]
+    state_dir: Path, mounts: Sequence[Mount], backing: dict[str, str], opened: Set[str]
 ) -> list[FuseDirectory]:
     """Those in the state directory, and those of whatever is mounted."""
     paths = {str(path) for path in state_dir.glob(f"*/{PREFIX}*")}
@@ -218,7 +225,8 @@ def _fuse_directories(
         try:
             is_served: bool | None = is_held_by_a_daemon(Path(path))
         except OSError:
-            is_served = None
+            # A daemon goes on without its directory, which it still has open.
+            is_served = True if path in opened else None
         directories.append(FuseDirectory(path=path, is_served=is_served))
     return directories
 

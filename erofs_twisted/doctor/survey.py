@@ -92,12 +92,11 @@ def look_at_state(path: Path) -> Place:
     nearest = _nearest(path)
     is_there = nearest == path
     problem = ""
-    status = nearest.stat()
     if not nearest.is_dir():
         problem = os.strerror(errno.ENOTDIR)
     elif not os.access(nearest, os.R_OK | os.W_OK | os.X_OK):
         problem = os.strerror(errno.EACCES)
-    elif is_there and (status.st_uid != os.geteuid() or status.st_mode & 0o022):
+    elif is_there and (nearest.stat().st_uid != os.geteuid() or nearest.stat().st_mode & 0o022):
         problem = "others may write to it, so what is on record there cannot be trusted (chmod 700)"
     return Place(
         path=str(path),

@@ -95,6 +95,11 @@ class RecordTests(RemainsTestCase):
             )
             self.assertIn("process 7", finding.text)
 
+    def test_one_whose_daemon_was_stopped_says_how_it_goes_on(self) -> None:
+        stopped = OnRecord(record=RECORD, is_served=True, is_stopped=True)
+        finding = self.assert_found(remains(records=[stopped]), Level.BAD, "/mnt")
+        self.assertEqual("kill -CONT 7", finding.cure)
+
     def test_one_that_waits_for_its_users_before_it_stops_says_for_whom(self) -> None:
         record = attrs.evolve(RECORD, status=Status.STOPPING, reason="in use by cat")
         served = OnRecord(record=record, is_served=True)
@@ -191,6 +196,10 @@ class DeviceTests(RemainsTestCase):
         moved = attrs.evolve(MOUNT, path="/elsewhere")
         self.assert_found(remains(devices=[device], mounts=[moved]), Level.BAD, "/elsewhere")
 
+    def test_what_is_mounted_over_it_is_left_alone(self) -> None:
+        device, over = attrs.evolve(DEVICE, is_bound=False), attrs.evolve(OTHER, parent_id=77)
+        self.assert_found(remains(devices=[device], mounts=[MOUNT, over]), Level.BAD, "/mnt")
+
     def test_a_record_of_another_boot_or_another_device_does_not_count(self) -> None:
         for change in ({"boot": "before"}, {"device": "/dev/nbd4"}):
             served = OnRecord(record=attrs.evolve(RECORD, **change), is_served=True)
@@ -216,6 +225,10 @@ class FuseTests(RemainsTestCase):
         seen = remains(mounts=[mount], fuse=[FUSE], backing=backing)
         finding = self.assert_found(seen, Level.BAD, "/mnt", Act.UNMOUNT, Act.CLEAR)
         self.assertEqual("/dev/loop1", finding.repairs[0].source)
+
+    def test_what_is_mounted_over_it_is_left_alone(self) -> None:
+        over = attrs.evolve(OTHER, parent_id=77)
+        self.assert_found(remains(mounts=[FUSE_MOUNT, over], fuse=[FUSE]), Level.BAD, "/mnt")
 
     def test_one_that_is_served_is_well(self) -> None:
         served = attrs.evolve(FUSE, is_served=True)
