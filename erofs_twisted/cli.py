@@ -215,13 +215,14 @@ def doctor(image: str | None, fix: bool, as_json: bool, **options: Any) -> None:
     elif given := [name for name in DOCTOR_OPTION_NAMES if values[name]]:
         raise MountError(f"--{given[0]} is about an image: name one")
     cures = Cures.of(state_dir) if fix else None
-    findings = examine(state_dir, cache_dir)
-    outcomes = [] if cures is None else list(cures.apply(findings))
+    examination = examine(state_dir, cache_dir)
+    outcomes = [] if cures is None else list(cures.apply(examination.findings))
     if outcomes:
-        findings = examine(state_dir, cache_dir)
+        examination = examine(state_dir, cache_dir)
+    findings = examination.findings
     if image is not None and config is not None:
         answers = _run(lambda reactor: ask_registry(reactor, config))
-        findings += findings_of(image, answers)
+        findings += findings_of(image, answers, examination.compressors)
     if as_json:
         click.echo(json.dumps(as_dict(findings, outcomes), indent=2))
     else:

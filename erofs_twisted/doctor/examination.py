@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+
+import attrs
 
 from erofs_twisted.device.driver import NBDDriver
 from erofs_twisted.device.machine import may_administer
@@ -12,10 +15,18 @@ from erofs_twisted.doctor.search import look_for_remains
 from erofs_twisted.doctor.survey import look_at_machine
 
 
-def examine(state_dir: Path, cache_dir: Path) -> list[Finding]:
-    """What is left of mounts first, then what this machine has."""
+@attrs.frozen
+class Examination:
+    """``findings``: of what is left of mounts first, then of what this machine has. ``compressors``: whether
+    EROFS has each kind here, None where that cannot be told."""
+
+    findings: list[Finding]
+    compressors: Mapping[str, bool | None]
+
+
+def examine(state_dir: Path, cache_dir: Path) -> Examination:
+    """Look at all of it."""
     driver = NBDDriver() if may_administer() else None
-    return [
-        *remains.findings_of(look_for_remains(state_dir, driver)),
-        *machine.findings_of(look_at_machine(cache_dir, state_dir)),
-    ]
+    seen = look_at_machine(cache_dir, state_dir)
+    findings = remains.findings_of(look_for_remains(state_dir, driver))
+    return Examination([*findings, *machine.findings_of(seen)], machine.compressors_of(seen))

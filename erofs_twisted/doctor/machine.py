@@ -123,7 +123,7 @@ def _erofs(machine: Machine) -> Finding:
 
 
 def _compression(machine: Machine) -> Finding:
-    found = {name: _has_compressor(machine, *where) for name, where in COMPRESSORS.items()}
+    found = compressors_of(machine)
     if None in found.values():
         return Finding(
             Level.UNKNOWN,
@@ -148,6 +148,11 @@ def _compression(machine: Machine) -> Finding:
             "build images with mkfs.erofs -zlz4hc, or take a newer kernel",
         )
     return Finding(Level.OK, "compression", f"EROFS has {has}")
+
+
+def compressors_of(machine: Machine) -> dict[str, bool | None]:
+    """Whether EROFS has each of `COMPRESSORS`; None where that cannot be told."""
+    return {name: _has_compressor(machine, *where) for name, where in COMPRESSORS.items()}
 
 
 def _has_compressor(machine: Machine, option: str, symbol: str) -> bool | None:

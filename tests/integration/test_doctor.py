@@ -193,7 +193,8 @@ class ImageTests(DoctorTestCase):
     def test_a_registry_that_does_all_is_well_and_nothing_is_kept(self) -> None:
         found = self.ask(self.registry.image("app"))
         self.assertIn(scenery().manifests["lz4"]["digest"], self.text(found, "image"))
-        self.assertEqual(["ok"], self.levels(found, "ranges"))
+        self.assertEqual((["ok"], ["ok"]), (self.levels(found, "layer"), self.levels(found, "ranges")))
+        self.assertIn("LZ4", self.text(found, "layer"))
         self.assertFalse((self.directory / "doctors-cache").exists())
 
     def test_where_credentials_come_from_is_said_and_they_are_not(self) -> None:
@@ -214,6 +215,7 @@ class ImageTests(DoctorTestCase):
         self.registry.set("whole", {"kind": "blobs", "whole": True})
         found = self.ask(self.registry.image("whole"))
         self.assertEqual(["warning"], self.levels(found, "ranges"))
+        self.assertEqual(["ok"], self.levels(found, "image"))
 
     def test_a_registry_that_is_down_is_bad(self) -> None:
         self.registry.go_down()
@@ -222,13 +224,14 @@ class ImageTests(DoctorTestCase):
         self.assertEqual(["bad"], self.levels(found, "image"))
 
     def test_an_image_without_erofs_is_bad(self) -> None:
-        found = self.ask(self.registry.image("app", "tar"))
-        self.assertEqual((["ok"], ["bad"]), (self.levels(found, "image"), self.levels(found, "layer")))
+        for tag in ("tar", "torn"):
+            found = self.ask(self.registry.image("app", tag))
+            self.assertEqual((["ok"], ["bad"]), (self.levels(found, "image"), self.levels(found, "layer")))
 
     def test_one_of_several_layers_has_to_be_named(self) -> None:
         image = self.registry.image("app", "two")
         self.assertEqual(["bad"], self.levels(self.ask(image), "layer"))
-        self.assertEqual([], self.levels(self.ask(image, "--layer", "1"), "layer"))
+        self.assertEqual(["ok"], self.levels(self.ask(image, "--layer", "1"), "layer"))
 
     def test_a_layout_on_disk_needs_no_registry(self) -> None:
         found = self.ask(f"oci:{scenery().layout}:lz4")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 from typing import Any
+from uuid import UUID
 
+import attrs
 from click.testing import CliRunner, Result
 from rich.console import Console
 from twisted.trial.unittest import SynchronousTestCase
@@ -16,6 +18,7 @@ from erofs_twisted.doctor.cures import Cures
 from erofs_twisted.doctor.finding import DONE, Act, Finding, Level, Repair
 from erofs_twisted.doctor.registry import Answers, findings_of
 from erofs_twisted.doctor.report import Outcome, as_dict, show
+from erofs_twisted.erofs.superblock import Superblock
 from erofs_twisted.errors import ErofsTwistedError
 from erofs_twisted.registry.probe import Probe
 
@@ -24,6 +27,19 @@ GOOD = Finding(Level.OK, "erofs", "this kernel has it")
 BAD = Finding(Level.BAD, "/mnt", "dead [bold]", "erofs-nbd umount /mnt", (FORGET,))
 NAME = "registry.example/app:1"
 DIGEST = "sha256:12"
+SUPERBLOCK = Superblock(
+    block_size=4096,
+    blocks=1,
+    root_nid=36,
+    meta_block=0,
+    xattr_block=0,
+    inodes=1,
+    built=None,
+    uuid=UUID(int=1),
+    volume_name="",
+    features=(),
+    compression=(),
+)
 
 
 class ReportTests(SynchronousTestCase):
@@ -73,7 +89,7 @@ class ReportTests(SynchronousTestCase):
 class CommandTests(SynchronousTestCase):
     def run_doctor(self, *looks: list[Finding], words: tuple[str, ...] = ()) -> Result:
         """With what is found at the first look, and at the next one."""
-        self.looks = list(looks)
+        self.looks = [examination.Examination(look, {}) for look in looks]
         self.patch(examination, "examine", lambda state_dir, cache_dir: self.looks.pop(0))
         return CliRunner().invoke(commands, ["doctor", *words])
 
@@ -110,7 +126,7 @@ class CommandTests(SynchronousTestCase):
 
 class RegistryTests(SynchronousTestCase):
     def found(self, **answers: Any) -> list[tuple[Level, str]]:
-        findings = findings_of(NAME, Answers(**answers))
+        findings = findings_of(NAME, Answers(**answers), {"LZ4": True, "ZSTD": False})
         self.assertTrue(all(f.cure for f in findings if f.level is not Level.OK))
         return [(finding.level, finding.subject) for finding in findings]
 
@@ -121,7 +137,7 @@ class RegistryTests(SynchronousTestCase):
         line = "credentials for registry.example: /root/.docker/config.json"
         lines = ("GET https://registry.example/v2/", line, line)
         answers = Answers(digest=DIGEST, lines=lines, probe=Probe("h", "https://h", True))
-        texts = [f.text for f in findings_of(NAME, answers) if f.subject == "credentials"]
+        texts = [f.text for f in findings_of(NAME, answers, {}) if f.subject == "credentials"]
         self.assertEqual(["registry.example: /root/.docker/config.json"], texts)
 
     def test_a_layer_that_cannot_be_mounted_is_bad(self) -> None:
@@ -131,6 +147,18 @@ class RegistryTests(SynchronousTestCase):
     def test_blobs_that_cannot_be_had_are_bad(self) -> None:
         found = self.found(digest=DIGEST, problem="403")
         self.assertEqual([(Level.OK, "image"), (Level.BAD, "layer")], found)
+
+    def test_a_layer_is_compressed_in_a_way_that_the_kernel_has_or_has_not_or_may_have(self) -> None:
+        for compression, level in (
+            ((), Level.OK),
+            (("lz4",), Level.OK),
+            (("lz4", "zstd"), Level.BAD),
+            (("lz4", "lzma"), Level.UNKNOWN),
+            (("lzma", "zstd"), Level.BAD),
+        ):
+            superblock = attrs.evolve(SUPERBLOCK, compression=compression)
+            found = self.found(digest=DIGEST, superblock=superblock, probe=Probe("h", "https://h", True))
+            self.assertEqual([(Level.OK, "image"), (level, "layer"), (Level.OK, "ranges")], found)
 
     def test_ranges_are_answered_or_not_or_there_is_no_registry(self) -> None:
         for probe, level in (
@@ -142,5 +170,5 @@ class RegistryTests(SynchronousTestCase):
             self.assertEqual([(Level.OK, "image"), (level, "ranges")], found)
 
     def test_a_text_is_one_line(self) -> None:
-        for finding in findings_of(NAME, Answers(problem="one\n  two\n")):
+        for finding in findings_of(NAME, Answers(problem="one\n  two\n"), {}):
             self.assertEqual("one; two", finding.text)
