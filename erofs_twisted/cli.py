@@ -1,4 +1,4 @@
-"""``erofs-nbd``: look at an image, serve it, wait for a mount, end one. The mount itself is twistd's."""
+"""``erofs-nbd``: look at an image, serve it; wait for mounts, cure them, end them. To mount is twistd's."""
 
 from __future__ import annotations
 
@@ -49,6 +49,9 @@ REGISTRY_OPTION_NAMES = (
     "stall-timeout",
     "verbose",
 )
+DOCTOR_OPTION_NAMES = ("layer", *REGISTRY_OPTION_NAMES[: REGISTRY_OPTION_NAMES.index("io-timeout")])
+DOCTORS_PATIENCE = "10"
+"""Seconds: that a registry is down shall be known soon, though a mount would be more patient."""
 
 FOLLOW = 0.5
 """Seconds between two looks at a log that grows."""
@@ -273,6 +276,47 @@ def reattach(
                 errors.append(error)
     if errors:
         raise failures(errors)
+
+
+@commands.command()
+@click.argument("image", required=False)
+@click.option("--fix", is_flag=True, help="repair what is safe to repair, and say what was done")
+@click.option("--json", "as_json", is_flag=True, help="for programs")
+@takes("state-dir", "cache-dir", *DOCTOR_OPTION_NAMES)
+def doctor(image: str | None, fix: bool, as_json: bool, **options: Any) -> None:
+    """Look for mounts and devices that are dead, and for what this machine lacks; say the cure of each.
+
+    With IMAGE also whether its registry can be used as a mount would. The exit status is 1 where something is
+    bad.
+    """
+    from erofs_twisted.doctor.cures import Cures
+    from erofs_twisted.doctor.examination import examine
+    from erofs_twisted.doctor.registry import ask_registry, findings_of
+    from erofs_twisted.doctor.report import as_dict, bad_among, show
+
+    values = {name.replace("_", "-"): value for name, value in options.items()}
+    state_dir, cache_dir = read_state_dir(values), read_cache_dir(values)
+    config = None
+    if image is not None:
+        patience = {"io_timeout": DOCTORS_PATIENCE, "stall_timeout": DOCTORS_PATIENCE}
+        config = _image_config(image, {**options, **patience})
+    elif given := [name for name in DOCTOR_OPTION_NAMES if values[name]]:
+        raise MountError(f"--{given[0]} is about an image: name one")
+    cures = Cures.of(state_dir) if fix else None
+    examination = examine(state_dir, cache_dir)
+    outcomes = [] if cures is None else list(cures.apply(examination.findings))
+    if outcomes:
+        examination = examine(state_dir, cache_dir)
+    findings = examination.findings
+    if image is not None and config is not None:
+        answers = run(lambda reactor: ask_registry(reactor, config))
+        findings += findings_of(image, answers, examination.compressors)
+    if as_json:
+        click.echo(json.dumps(as_dict(findings, outcomes), indent=2))
+    else:
+        show(findings, outcomes)
+    if bad := bad_among(findings):
+        raise MountError(f"{bad} of {len(findings)} findings {'is' if bad == 1 else 'are'} bad")
 
 
 @commands.group()

@@ -9,6 +9,9 @@ from typing import Any
 import attrs
 from twisted.python.threadpool import ThreadPool
 
+from erofs_twisted.control.client import SOCKET, Daemon
+from erofs_twisted.control.errors import NoDaemon
+from erofs_twisted.control.starting import start_daemon
 from erofs_twisted.device.nbd import NetlinkConnector
 from erofs_twisted.errors import ErofsTwistedError, MountError
 from erofs_twisted.leftovers import plan_for
@@ -75,8 +78,16 @@ async def _look_at(reactor: Any, pool: ThreadPool, record: MountRecord) -> Orpha
 def start(journal: Journal, record: MountRecord, more: Mapping[str, str], timeout: float) -> None:
     """Start a daemon for a mount on record, with the options of the first and ``more``; wait until it serves.
 
-    It blocks. Its log is in the mount's state directory. Raises `MountError`, with the daemon's own words.
+    One of many in a daemon comes up with all others. It blocks. The log is in the mount's state directory.
+    Raises `MountError`, with the daemon's own words.
     """
+    if record.service:
+        try:
+            Daemon(journal.state_dir / SOCKET).status()
+        except NoDaemon:
+            start_daemon(journal.state_dir)
+        wait_until_ready(journal, record.mountpoint, timeout)
+        return
     log = journal.directory(record.mountpoint) / "log"
     arguments = ["--pidfile=", f"--logfile={log}", "erofs-nbd", *_spelt({**record.options, **more})]
     done = subprocess.run(

@@ -31,11 +31,12 @@ def load_module(name: str, *parameters: str) -> str:
 
 def knows_filesystem(name: str) -> bool:
     """Has this kernel the file system ``name``, by now or after loading it?"""
-    if not _lists_filesystem(name):
+    if not lists_filesystem(name):
         load_module(name)
-    return _lists_filesystem(name)
+    return lists_filesystem(name)
 
 
-def _lists_filesystem(name: str) -> bool:
+def lists_filesystem(name: str) -> bool:
+    """Has it that by now?"""
     lines = Path("/proc/filesystems").read_text().splitlines()
     return any(line.split("\t")[-1] == name for line in lines)

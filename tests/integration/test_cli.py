@@ -203,6 +203,8 @@ class HelpTests(CommandTestCase):
             "wait": {"timeout", "state-dir"},
             "umount": {"lazy", "state-dir"},
             "reattach": {"all", "dry-run", "timeout", "username", "password-file", "state-dir"},
+            "doctor": (LOOKING - {"io-timeout", "stall-timeout", "verbose"})
+            | {"fix", "json", "layer", "state-dir", "cache-dir"},
         }
         for command, options in taken.items():
             done = self.erofs_nbd(command, "--help")
@@ -212,7 +214,7 @@ class HelpTests(CommandTestCase):
 
     def test_the_commands_are_listed(self) -> None:
         done = self.erofs_nbd("--help")
-        for command in ("inspect", "reattach", "serve", "umount", "wait"):
+        for command in ("doctor", "inspect", "reattach", "serve", "umount", "wait"):
             self.assertIn(f"\n  {command} ", done.stdout)
 
 
@@ -289,4 +291,7 @@ class MistakeTests(CommandTestCase):
         self.assert_refused(self.erofs_nbd("reattach", "--all", "/mnt"), "--all")
         self.assert_refused(self.erofs_nbd("reattach", "/mnt", f"--state-dir={self.directory}"), "on record")
         self.assert_refused(self.erofs_nbd("umount", "/mnt", "--state-dir="), "--state-dir")
+        self.assert_refused(self.erofs_nbd("doctor", "Upper/Case"), "lower case")
+        self.assert_refused(self.erofs_nbd("doctor", "--state-dir="), "--state-dir")
+        self.assert_refused(self.erofs_nbd("doctor", "--tls-ca=/etc"), "--tls-ca")
         self.assert_refused(self.erofs_nbd("mount"), "mount")

@@ -110,6 +110,22 @@ class KillTests(ControlTestCase):
         self.assert_whole(*paths)
         self.assert_all_gone()
 
+    def test_reattach_has_all_of_them_again_in_one_daemon(self) -> None:
+        one = self.controlled.mount(self.registry.image("one"), "one")
+        two = self.controlled.mount(self.registry.image("two"), "two")
+        device = self.device_of(one)
+        self.controlled.kill()
+        done = self.controlled.erofs_nbd("reattach", "--all")
+        self.assertEqual((0, ""), (done.returncode, done.stderr))
+        status = self.controlled.call("GET", "/v1/status")[1]
+        self.assertEqual((2, 1), (status["mounts"], status["devices"]))
+        self.assertEqual(device, self.device_of(two))
+        self.assert_whole(one, two)
+        os.kill(status["pid"], signal.SIGTERM)
+        until("it has ended", lambda: not self.controlled.socket.exists())
+        until("its process too", lambda: os.waitpid(status["pid"], os.WNOHANG)[0])
+        self.assert_nothing_left()
+
     def test_a_parent_has_the_next_one_up_at_once_however_often(self) -> None:
         self.assertEqual(0, self.controlled.stop())
         self.controlled.options = (*self.controlled.options, "--supervise")

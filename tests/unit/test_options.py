@@ -304,6 +304,7 @@ class HelpTests(SynchronousTestCase):
 
     def test_each_command_takes_the_plugins_options_by_the_same_names(self) -> None:
         known = {option.name for option in (*IMAGE_OPTIONS, *MOUNT_OPTIONS)} | {
+            "fix",
             "json",
             "socket",
             "timeout",
