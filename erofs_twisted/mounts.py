@@ -30,6 +30,9 @@ from erofs_twisted.syscalls import in_thread
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
 """Seconds between two attempts to have a mount again that an earlier daemon had."""
 
+TOLD = ("mountpoint", "image", "status", "reason", "digest", "layer", "backend", "device", "size")
+"""What of a record is told."""
+
 Options = Mapping[str, str | bool]
 
 
@@ -238,11 +241,12 @@ class Mounts:
         unknown = options.keys() - OPTIONS.keys() - {"password"}
         if unknown:
             raise CallError(f"there is no option {min(unknown)!r}")
-        if self._is_closing:
-            raise MountError("the daemon is about to end")
         values = {**self._defaults, **options, "mountpoint": mountpoint, "state-dir": str(self._state_dir)}
         # The path may lead through a mount of our own, which this thread serves.
-        return await in_thread(self._reactor, self.devices.pool, read_mount_config, values)
+        config = await in_thread(self._reactor, self.devices.pool, read_mount_config, values)
+        if self._is_closing:
+            raise MountError("the daemon is about to end, or to be replaced: call again")
+        return config
 
     def _begin(self, config: MountConfig, pinned: str) -> _Running:
         mount = Mount(self._reactor, config, self.devices, service=True, pinned=pinned)
@@ -308,22 +312,8 @@ class Mounts:
         record, served = running.mount.record, running.mount.served
         if record is None:
             return {"mountpoint": path, "status": Status.STARTING}
-        told = {
-            name: getattr(record, name)
-            for name in (
-                "mountpoint",
-                "image",
-                "status",
-                "reason",
-                "digest",
-                "layer",
-                "backend",
-                "device",
-                "size",
-            )
-        }
-        told["missing"] = None if served is None else served.image.missing
-        return told
+        missing = None if served is None else served.image.missing
+        return {**{name: getattr(record, name) for name in TOLD}, "missing": missing}
 
 
 def _refuse_another(there: MountConfig, asked: MountConfig) -> None:
