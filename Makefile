@@ -1,6 +1,6 @@
 PYTHON = .venv/bin/python
 
-.PHONY: help setup demo test check unit integration kernel bench bench-quick endurance docs clean
+.PHONY: help setup demo test check unit integration kernel bench bench-quick endurance soak docs clean
 
 help:
 	@echo "make demo         mount a real EROFS image from a registry on loopback, and check every file of it"
@@ -10,6 +10,7 @@ help:
 	@echo "make unit | integration | kernel    a part of the tests"
 	@echo "make bench        speed, side by side with other programs, in a table; bench-quick in two minutes"
 	@echo "make endurance    faults, outages, expiries: what the registry's client lives through, in 35 minutes"
+	@echo "make soak         a daemon with many mounts under all faults at once, for ten minutes"
 	@echo "make docs         the manual, in docs/_build/html"
 
 setup:
@@ -42,6 +43,9 @@ bench: setup
 
 endurance: setup
 	$(PYTHON) -m benchmarks.endurance
+
+soak: setup
+	tests/kernel/run --seconds 1200 --shell $(PYTHON) -m benchmarks.soak
 
 bench-quick: setup
 	$(PYTHON) -m benchmarks --quick
