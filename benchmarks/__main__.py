@@ -34,8 +34,9 @@ BENCHMARKS = (
     "startup",
     "cached_reads",
     "guest",
+    "takeover",
 )
-NOT_QUICK = {"links", "cached_reads", "guest"}
+NOT_QUICK = {"links", "cached_reads", "guest", "takeover"}
 
 
 def main() -> None:
@@ -44,7 +45,9 @@ def main() -> None:
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHMARKS)} [all]")
     parser.add_argument(
-        "--quick", action="store_true", help="two runs, smaller sizes, without links, cached_reads, guest"
+        "--quick",
+        action="store_true",
+        help="two runs, smaller sizes, without links, cached_reads, guest, takeover",
     )
     parser.add_argument("--runs", type=int, help="of each measurement [5, quick: 2]")
     parser.add_argument(

@@ -18,7 +18,14 @@ from erofs_twisted.device.fuse import PREFIX, clear_away
 from erofs_twisted.device.machine import may_administer
 from erofs_twisted.doctor.finding import Act, Finding, Repair
 from erofs_twisted.doctor.report import Outcome
-from erofs_twisted.doctor.search import daemon_of, is_dead_socket, mounts_here, open_files, users_of
+from erofs_twisted.doctor.search import (
+    daemon_of,
+    is_dead_socket,
+    is_held_by_a_daemon,
+    mounts_here,
+    open_files,
+    users_of,
+)
 from erofs_twisted.errors import ErofsTwistedError, MountError
 from erofs_twisted.mount.mountinfo import mount_at
 from erofs_twisted.reattaching import start
@@ -112,11 +119,12 @@ class Cures:
             raise MountError(f"{repair.target}: a daemon has just started") from error
 
     def _clear_fuse(self, directory: Path) -> None:
-        """What nbdfuse has left. The kernel lets go of its file a moment after it was unmounted."""
+        """What nbdfuse has left, and not what a daemon has. The kernel lets go of a file a moment after what
+        was on it is unmounted."""
         deadline = time.monotonic() + RELEASE
         while True:
             clear_away(str(directory))
-            left = [*directory.glob(f"{PREFIX}*")]
+            left = [path for path in directory.glob(f"{PREFIX}*") if not _is_a_daemons(path)]
             if not left:
                 return
             if time.monotonic() > deadline:
@@ -125,8 +133,7 @@ class Cures:
 
     def _clear(self, repair: Repair) -> None:
         directory = Path(repair.target)
-        # Beside what is left there may be what a daemon has: that stays.
-        clear_away(repair.target)
+        self._clear_fuse(directory)
         if not (directory / RECORD).exists():
             with suppress(FileNotFoundError):
                 os.rmdir(directory)
@@ -146,3 +153,10 @@ class Cures:
         Act.CLEAR: _clear,
         Act.UNLINK: _unlink,
     }
+
+
+def _is_a_daemons(directory: Path) -> bool:
+    try:
+        return is_held_by_a_daemon(directory)
+    except FileNotFoundError:
+        return True  # that is, not to be waited for

@@ -10,9 +10,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from erofs_twisted.device.fuse import clear_away
 from erofs_twisted.state.journal import Journal
-from tests.daemon import BIN, Daemon, DaemonTestCase, mount_of, run, until
+from tests.daemon import BIN, Daemon, DaemonTestCase, mount_of, run
 from tests.scenery import BIG, contents, scenery
 
 
@@ -91,15 +90,7 @@ class FuseTests(DoctorTestCase):
         found = self.doctor(daemon.state_dir, "--fix")
         acts = [("unmount", str(daemon.mountpoint)), ("clear", str(record.parent))]
         self.assertEqual(acts, self.done(found))
-        until("end of nbdfuse's file", lambda: self._gone(record.parent))
         self.assert_nothing_left(daemon)
-
-    def _gone(self, directory: Path) -> bool:
-        """The kernel lets go of it a moment after the unmount."""
-        clear_away(str(directory))
-        if directory.exists() and not list(directory.iterdir()):
-            directory.rmdir()
-        return not directory.exists()
 
     def test_the_record_stays_as_long_as_somebody_has_a_file_open(self) -> None:
         daemon = self.mounted(self.registry.image("open"))

@@ -158,9 +158,8 @@ class FileTests(CuresTestCase):
     def test_a_record_stays_while_nbdfuses_file_is_in_use(self) -> None:
         self.patch(cures, "RELEASE", 0.0)
         directory = self.leave_record()
-        (directory / "fuse-abc").mkdir()
-        descriptor = lock(directory / "fuse-abc")
-        self.addCleanup(os.close, descriptor)
+        # As what is mounted, it keeps the directory from being removed.
+        (directory / "fuse-abc" / "more").mkdir(parents=True)
         self.assert_refused("in use still", FORGET)
         self.assertTrue((directory / "record.json").exists())
 
@@ -173,6 +172,14 @@ class FileTests(CuresTestCase):
         self.assert_done(clear)
         self.assertFalse(directory.exists())
         self.assert_done(clear)
+
+    def test_what_a_daemon_has_stays_when_what_another_left_is_removed(self) -> None:
+        directory = self.leave_record(lives=True)
+        for name in ("fuse-dead", "fuse-alive"):
+            (directory / name).mkdir()
+        self.addCleanup(os.close, lock(directory / "fuse-alive"))
+        self.assert_done(Repair(act=Act.CLEAR, target=str(directory)))
+        self.assertEqual(["fuse-alive", "record.json"], sorted(os.listdir(directory)))
 
     def test_after_what_fails_the_rest_of_a_finding_is_left_but_other_findings_are_not(self) -> None:
         self.driver = PaperDriver(DEVICE, serves=True)
