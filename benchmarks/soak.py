@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
@@ -98,8 +99,9 @@ class Soak:
         """For a while, as a debugger does it, or a machine that swaps."""
         pid = self._signal(signal.SIGSTOP)
         time.sleep(self.chance.uniform(0.5, 3.0))
-        if pid:
-            os.kill(pid, signal.SIGCONT)
+        with suppress(ProcessLookupError):  # an upgrade may have been under way
+            if pid:
+                os.kill(pid, signal.SIGCONT)
 
     def upgrade(self) -> None:
         self._call("POST", "/v1/upgrade")
@@ -166,8 +168,10 @@ class Soak:
         status, said = self._call("GET", "/v1/status")
         if status != 200:
             return 0
-        os.kill(said["pid"], number)
-        return int(said["pid"])
+        with suppress(ProcessLookupError):
+            os.kill(said["pid"], number)
+            return int(said["pid"])
+        return 0
 
     def _where(self, name: str) -> str:
         return f"/v1/mounts/{quote(str(self.controlled.mountpoint(name)), safe='')}"
