@@ -20,7 +20,9 @@ demo:
 	scripts/setup demo
 	$(PYTHON) examples/demo.py
 
-test: check unit integration kernel
+# Side by side: the one waits for servers, the other has a kernel with one processor.
+test: check unit
+	$(MAKE) --no-print-directory --jobs=2 --output-sync=target integration kernel
 
 check: setup
 	.venv/bin/ruff check .
