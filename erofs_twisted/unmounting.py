@@ -10,7 +10,8 @@ from twisted.python.threadpool import ThreadPool
 from erofs_twisted.device.driver import NBDDriver
 from erofs_twisted.device.fuse import clear_away
 from erofs_twisted.errors import MountError
-from erofs_twisted.mount.mountpoint import Mountpoint
+from erofs_twisted.mount.mountinfo import parse_mountinfo
+from erofs_twisted.mount.mountpoint import MOUNTINFO, Mountpoint
 from erofs_twisted.pool import SystemCallPool
 from erofs_twisted.state.journal import Journal, daemon_runs
 from erofs_twisted.state.records import MountRecord, Status
@@ -35,12 +36,14 @@ async def unmount(reactor: Any, journal: Journal, path: str, lazy: bool = False)
     pool = SystemCallPool(reactor)
     try:
         mountpoint = Mountpoint(reactor, pool, path)
-        # A device that is still mounted here is still the one on record, and not another's on the same index.
         if alive:
             await mountpoint.unmount(lazy=lazy)
-        elif (there := await mountpoint.there()) is not None and there.source == record.device:
-            await mountpoint.unmount(lazy=lazy)
-            await _clear_device(reactor, pool, journal, record)
+        else:
+            there = await mountpoint.there()
+            is_mounted = there is not None and there.source == record.device
+            if is_mounted:
+                await mountpoint.unmount(lazy=lazy)
+            await _clear_device(reactor, pool, journal, record, is_mounted)
     finally:
         await pool.stop()
     if not lazy:
@@ -49,14 +52,29 @@ async def unmount(reactor: Any, journal: Journal, path: str, lazy: bool = False)
         journal.forget(path)
 
 
-async def _clear_device(reactor: Any, pool: ThreadPool, journal: Journal, record: MountRecord) -> None:
-    """Take back the device of a daemon that was killed. Reads that still wait for it fail."""
+async def _clear_device(
+    reactor: Any, pool: ThreadPool, journal: Journal, record: MountRecord, was_mounted: bool
+) -> None:
+    """Take back the device of a daemon that was killed, unless other mounts are on it too. Reads of a file
+    that is still open fail."""
     if record.backend == "nbd":
-        driver = NBDDriver()
-        attached = await in_thread(reactor, pool, driver.find, record.device)
-        await in_thread(reactor, pool, driver.detach, attached)
+        await in_thread(reactor, pool, _disconnect, record, was_mounted)
     elif record.backend == "fuse":
         await in_thread(reactor, pool, clear_away, str(journal.directory(record.mountpoint)))
+
+
+def _disconnect(record: MountRecord, was_mounted: bool) -> None:
+    driver = NBDDriver()
+    if was_mounted:
+        # What was mounted here was still the one on record, and not another's on the same index.
+        paths = [record.device]
+    else:
+        devices = driver.connected(record.identifier)
+        paths = [each.path for each in devices if record.device in ("", each.path) and not each.is_held]
+    sources = {mount.source for mount in parse_mountinfo(MOUNTINFO.read_bytes())}
+    for path in paths:
+        if path not in sources:
+            driver.detach(driver.find(path))
 
 
 async def _until_ended(reactor: Any, record: MountRecord) -> None:

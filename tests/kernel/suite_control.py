@@ -14,7 +14,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from tests.controlled import Controlled
-from tests.daemon import DaemonTestCase, FaultRegistry, mounts, nbd_devices_in_use, until
+from tests.daemon import DaemonTestCase, FaultRegistry, mounts, nbd_devices_in_use, run, until
 from tests.images import EROFS, Layout, build_erofs
 from tests.reading import Reader
 from tests.scenery import BIG, scenery, sha256
@@ -109,6 +109,20 @@ class KillTests(ControlTestCase):
         self.assertEqual(devices[0], devices[1])
         self.assert_whole(*paths)
         self.assert_all_gone()
+
+    def test_what_it_left_is_cleared_away_mount_by_mount(self) -> None:
+        before = nbd_devices_in_use()
+        one = self.controlled.mount(self.registry.image("one"), "one")
+        two = self.controlled.mount(self.registry.image("two"), "two")
+        three = self.controlled.mount(self.registry.image("three", "plain"), "three")
+        self.controlled.kill()
+        run("umount", three, check=True)
+        self.assertEqual(0, self.controlled.erofs_nbd("umount", three).returncode)
+        self.assertEqual(1, len(nbd_devices_in_use() - before), "though it was not mounted any more")
+        self.assertEqual(0, self.controlled.erofs_nbd("umount", one).returncode)
+        self.assertEqual(1, len(nbd_devices_in_use() - before), "the other one is mounted from it")
+        self.assertEqual(0, self.controlled.erofs_nbd("umount", two).returncode)
+        self.assert_nothing_left()
 
     def test_reattach_has_all_of_them_again_in_one_daemon(self) -> None:
         one = self.controlled.mount(self.registry.image("one"), "one")
