@@ -185,7 +185,8 @@ class Mount:
         _ = watch.gone(mountpoint.path).addCallback(lambda _: self._events.put(Event.UNMOUNTED))
         if keeps and await mountpoint.there() is None:
             self._events.put(Event.UNMOUNTED)
-        state.update(status=Status.READY, mount_id=mountpoint.mount_id)
+        write = state.note if plan.adopts else state.update
+        write(status=Status.READY, mount_id=mountpoint.mount_id)
         self.log.info(
             "{what} {image} ({digest}) on {path} through {device} in {seconds:.2f} s",
             what="took over" if plan.adopts else "mounted",
@@ -241,15 +242,21 @@ class Mount:
             served = await self._devices.take(_kind(connector, found, config), plan.device, make)
         finally:
             await found.close()
-        state.update(
-            backend=served.backend,
-            identifier=served.identifier,
-            size=served.image.export.size,
-            digest=found.resolved.digest,
-            layer=found.layer.digest,
-            device=served.device.path,
-            mount_id=plan.mount_id,
-        )
+        write = state.note if plan.adopts else state.update
+        try:
+            write(
+                backend=served.backend,
+                identifier=served.identifier,
+                size=served.image.export.size,
+                digest=found.resolved.digest,
+                layer=found.layer.digest,
+                device=served.device.path,
+                mount_id=plan.mount_id,
+            )
+        except MountError:
+            await self._devices.give_back(served)
+            state.note(**NOTHING)
+            raise
         return served
 
     async def _make(
@@ -288,7 +295,7 @@ class Mount:
         except BaseException:
             await undo.aclose()
             if not plan.adopts:
-                state.update(**NOTHING)
+                state.note(**NOTHING)
             raise
         return Served(image, server, device, connector.name, identifier)
 
@@ -306,14 +313,14 @@ class Mount:
             await self._devices.leave(served)
             return
         await self._devices.give_back(served)
-        state.update(**NOTHING)
+        state.note(**NOTHING)
 
     async def _remove_directory(self, mountpoint: Mountpoint, state: MountState) -> None:
         if self._leaves:
             return
         await mountpoint.remove_if_made()
         if state.record.made:
-            state.update(made=False)
+            state.note(made=False)
 
     async def _mount(self, mountpoint: Mountpoint, served: Served) -> None:
         # mount(2) cannot be cancelled, but it reads the device.
@@ -340,7 +347,7 @@ class Mount:
                 await mountpoint.unmount(lazy=lazily)
             except Busy as busy:
                 if event is Event.STOP:
-                    state.update(status=Status.STOPPING, reason=str(busy))
+                    state.note(status=Status.STOPPING, reason=str(busy))
                     self.log.warn(
                         "{busy}; unmounting when they let go, or lazily when told to stop again", busy=busy
                     )

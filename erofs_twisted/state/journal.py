@@ -51,10 +51,26 @@ class MountState:
     record: MountRecord
     before: MountRecord | None = None
 
+    log = Logger()
+
     def update(self, **changes: Any) -> None:
-        """Replace fields of the record, on disk in one step, and for good when this returns."""
+        """Replace fields of the record, on disk in one step, and for good when this returns. Raises
+        `MountError` where it cannot be written; `record` has them all the same."""
         self.record = attrs.evolve(self.record, **changes)
-        replace_file(str(self.path / RECORD), self.record.to_json(), durable=True)
+        try:
+            replace_file(str(self.path / RECORD), self.record.to_json(), durable=True)
+        except OSError as error:
+            raise MountError(
+                f"--state-dir {self.path.parent}: {error.strerror}: {self.record.mountpoint} cannot be "
+                "recorded; make room there, or name another directory"
+            ) from error
+
+    def note(self, **changes: Any) -> None:
+        """As `update`, where it has to go on without: it is only logged."""
+        try:
+            self.update(**changes)
+        except MountError as error:
+            self.log.error("{reason}", reason=str(error))
 
     def leave(self) -> None:
         """Give the mount up, leaving what there is, on record, to the next daemon."""
@@ -69,7 +85,7 @@ class MountState:
         if failure is None:
             shutil.rmtree(self.path, ignore_errors=True)
         else:
-            self.update(status=Status.FAILED, reason=failure)
+            self.note(status=Status.FAILED, reason=failure)
         os.close(self._lock)
         self._lock = -1
 
@@ -128,7 +144,15 @@ class Journal:
                 record = attrs.evolve(before, **{name: getattr(record, name) for name in names})
             record = attrs.evolve(record, made=before.made)
         state = MountState(path, lock, record, before)
-        state.update()
+        if before is not None:
+            # Who reads what it tells of waits for us, recorded or not.
+            state.note()
+            return state
+        try:
+            state.update()
+        except MountError:
+            state.release()
+            raise
         return state
 
     def read(self, mountpoint: str) -> MountRecord | None:

@@ -66,6 +66,19 @@ class StartUpFailureTests(DaemonTestCase):
         self.assert_fails(daemon, "wrong user name or password")
         self.assertNotIn("a wrong guess", daemon.log)
 
+    def test_a_state_directory_that_is_full(self) -> None:
+        daemon = self.daemon(self.registry.image("recorded"), foreground=True)
+        daemon.state_dir.mkdir()
+        run("mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", daemon.state_dir, check=True)
+        self.addCleanup(run, "umount", daemon.state_dir, check=True)
+        with self.assertRaises(OSError):
+            (daemon.state_dir / "ballast").write_bytes(bytes(1 << 16))
+        daemon.start()
+        self.assertEqual(1, daemon.ended(), daemon.log)
+        self.assertIn(f"--state-dir {daemon.state_dir}: No space left on device", daemon.log)
+        self.assertNotIn("Traceback", daemon.log)
+        self.assertEqual(["ballast"], [path.name for path in daemon.state_dir.iterdir()])
+
     def test_a_layer_that_is_not_erofs(self) -> None:
         self.assert_fails(self.daemon(self.registry.image("app", "tar")), GZIPPED_TAR)
 

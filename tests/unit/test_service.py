@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ from erofs_twisted.interfaces import Connected
 from erofs_twisted.mount.mountpoint import Busy
 from erofs_twisted.options import read_mount_config
 from erofs_twisted.process import ExitStatus
+from erofs_twisted.state import journal
 from erofs_twisted.state.journal import Journal
 from erofs_twisted.state.records import Status
 
@@ -350,6 +352,66 @@ class InUseTests(MountServiceTestCase):
         self.assert_ended(1)
         self.assertIn("disconnected by somebody else", self.record().reason)
         self.assertEqual("", self.record().device, "it was given back")
+
+
+class FullDiskTests(MountServiceTestCase):
+    """Records cannot be written, from one on, or only one of them."""
+
+    def fail_writes(self, fails: Callable[[int], bool]) -> None:
+        self.writes = 0
+        write = journal.replace_file
+
+        def replace(path: str, content: bytes, *, durable: bool) -> None:
+            self.writes += 1
+            if fails(self.writes):
+                raise OSError(errno.ENOSPC, "No space left on device")
+            write(path, content, durable=durable)
+
+        patched = self.patch(journal, "replace_file", replace)
+        self.restore_writes = patched.restore
+
+    def test_a_mount_that_cannot_be_recorded_fails_and_takes_all_back(self) -> None:
+        outcomes = set()
+        for number in range(1, 10):
+            for fails in (number.__eq__, number.__le__):
+                self.setUp()
+                self.fail_writes(lambda count, fails=fails: fails(count))
+                self.start()
+                if not self.stopped:
+                    self.service.request_stop("SIGTERM")
+                self.restore_writes()
+                self.assertEqual(1, self.stopped, "it ends, whatever cannot be written")
+                outcomes.add(self.exit_status.status)
+                events = self.world.events
+                self.assertEqual(events.count("attach"), events.count("detach"))
+                self.assertEqual(
+                    events.count("mount"), events.count("unmount") + events.count("unmount lazily")
+                )
+                self.assertIn(events[-1:], ([], ["stop pool"]))
+        self.assertEqual({0, 1}, outcomes)
+
+    def test_the_cure_is_said(self) -> None:
+        self.fail_writes(lambda count: True)
+        self.start()
+        self.assert_ended(1)
+        self.assertEqual([], self.world.events)
+        self.assertEqual([], list(self.state_dir.iterdir()))
+
+    def test_a_mount_that_is_taken_over_goes_on_all_the_same(self) -> None:
+        self.start()
+        assert self.service.mount is not None and self.service.mount._state is not None
+        state = self.service.mount._state
+        state.update(pid_started=1)
+        identifier = self.world.identifier
+        os.close(state._lock)
+        self.begin_anew(World())
+        self.world.devices = [Connected(path="/dev/nbd0", size=8192, identifier=identifier, is_held=True)]
+        self.world.there = SimpleNamespace(source="/dev/nbd0", mount_id=77)
+        self.fail_writes(lambda count: True)
+        self.start()
+        self.assertEqual((["open", "adopt", "check image"], 0), (self.world.events, self.stopped))
+        self.service.request_stop("SIGTERM")
+        self.assert_ended(0)
 
 
 class UpgradeTests(MountServiceTestCase):
