@@ -22,6 +22,7 @@ from erofs_twisted.errors import ErofsTwistedError, MountError
 from erofs_twisted.interfaces import IMounts
 from erofs_twisted.mounting import Mount
 from erofs_twisted.options import OPTIONS, MountConfig, read_mount_config
+from erofs_twisted.process import open_files
 from erofs_twisted.recentlines import RecentLines
 from erofs_twisted.state.journal import Journal, daemon_runs
 from erofs_twisted.state.records import MountRecord, Status
@@ -30,6 +31,8 @@ from erofs_twisted.syscalls import in_thread
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
 """Seconds between two attempts to have a mount again that an earlier daemon had."""
 
+SPARE_FILES = 100
+"""So many file descriptors has a mount to find free: its own, and connections, for it and for all others."""
 TOLD = ("mountpoint", "image", "status", "reason", "digest", "layer", "backend", "device", "size")
 """What of a record is told."""
 
@@ -127,7 +130,7 @@ class Mounts:
             "mounts": len(self._running),
             "devices": len(devices),
             "memory": memory,
-            "open_files": len(os.listdir("/proc/self/fd")),
+            "open_files": open_files()[0],
         }
 
     def log_lines(self, mountpoint: str, after: int) -> Any:
@@ -230,6 +233,7 @@ class Mounts:
             await running.when_settled()
             running.raise_unless_up()
             return False, self._told(config.mountpoint, running)
+        _check_files()
         running = self._begin(config, pinned)
         await running.when_settled()
         running.raise_unless_up()
@@ -314,6 +318,17 @@ class Mounts:
             return {"mountpoint": path, "status": Status.STARTING}
         missing = None if served is None else served.image.missing
         return {**{name: getattr(record, name) for name in TOLD}, "missing": missing}
+
+
+def _check_files() -> None:
+    """Is there room for another mount? What is there goes on only if some files are left for it. Raises
+    `MountError`."""
+    there, limit = open_files()
+    if there + SPARE_FILES > limit:
+        raise MountError(
+            f"the daemon has {there} files open, and may have {limit}: unmount something, or raise its limit "
+            "(LimitNOFILE= in its unit, ulimit -n)"
+        )
 
 
 def _refuse_another(there: MountConfig, asked: MountConfig) -> None:

@@ -6,9 +6,11 @@ import atexit
 import ctypes
 import gc
 import os
+import resource
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -79,6 +81,19 @@ class ExitStatus:
 def begin_anew() -> NoReturn:
     """Replace this process by its own command, as that is installed now."""
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def raise_file_limit() -> None:
+    """Let this process have as many files open as it may. The soft limit is for who uses select(2)."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(OSError, ValueError):  # where the hard one is above what the kernel lets anybody have
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def open_files() -> tuple[int, int]:
+    """How many this process has, and how many it may have."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return len(os.listdir("/proc/self/fd")), sys.maxsize if soft == resource.RLIM_INFINITY else soft
 
 
 def conceal_arguments(secrets: list[str]) -> None:

@@ -17,7 +17,7 @@ from erofs_twisted.options import (
     read_mount_config,
     read_service_config,
 )
-from erofs_twisted.process import ExitStatus, conceal_arguments, put_off_collections
+from erofs_twisted.process import ExitStatus, conceal_arguments, put_off_collections, raise_file_limit
 
 
 class Options(usage.Options):
@@ -79,6 +79,7 @@ class Options(usage.Options):
 def makeService(options: Options) -> IService:
     """Build the service; nothing is opened until it starts, for twistd forks in between."""
     put_off_collections()
+    raise_file_limit()
     config = options.config
     if options["supervise"]:
         from erofs_twisted.supervising import supervise

@@ -35,6 +35,8 @@ class Controlled:
     directory: Path
     options: tuple[str, ...] = ()
     environment: Mapping[str, str] = attrs.field(factory=dict)
+    under: tuple[str, ...] = ()
+    """A program that starts it, such as prlimit."""
     _process: subprocess.Popen[bytes] | None = attrs.field(init=False, default=None)
 
     @property
@@ -59,8 +61,8 @@ class Controlled:
         """Start it, and wait until it listens."""
         self.directory.mkdir(exist_ok=True)
         command = [
-            BIN / "twistd", "-n", "--pidfile=", f"--logfile={self.directory / 'log'}", "erofs-nbd",
-            "--state-dir", self.state_dir, "--cache-dir", self.directory / "cache", *self.options,
+            *self.under, BIN / "twistd", "-n", "--pidfile=", f"--logfile={self.directory / 'log'}",
+            "erofs-nbd", "--state-dir", self.state_dir, "--cache-dir", self.directory / "cache", *self.options,
         ]  # fmt: skip
         said = self.log.count("listening on")
         self._process = subprocess.Popen(

@@ -266,6 +266,34 @@ class SocketTests(ControlTestCase):
         self.assert_all_gone()
 
 
+class FileLimitTests(DaemonTestCase):
+    attach = "fuse"
+
+    def test_a_daemon_that_runs_out_of_files_refuses_mounts_and_goes_on(self) -> None:
+        limit = ("prlimit", "--nofile=64:160")
+        controlled = Controlled(self.directory / "s", ("--attach", self.attach), under=limit)
+        controlled.start()
+        self.addCleanup(controlled.kill)
+        image = self.registry.image("app")
+        mounted = []
+        for number in range(20):
+            path = controlled.mountpoint(str(number))
+            done = controlled.erofs_nbd("mount", image, path)
+            if done.returncode != 0:
+                break
+            mounted.append(path)
+        self.assertIn("and may have 160", done.stderr)
+        self.assertIn("LimitNOFILE=", done.stderr)
+        self.assertGreater(len(mounted), 1)
+        for path in mounted:
+            self.assert_same(contents(scenery().tree), contents(path))
+        self.assertEqual(0, controlled.erofs_nbd("umount", mounted[0]).returncode)
+        controlled.mount(image, "0")
+        self.assertEqual(0, controlled.stop(), controlled.log)
+        self.assertNotIn("Traceback", controlled.log)
+        self.assert_nothing_left()
+
+
 class MountProgramTests(DaemonTestCase):
     """mount(8) finds us by the type, and a daemon is started if none listens."""
 
