@@ -62,7 +62,8 @@ class Controlled:
         self.directory.mkdir(exist_ok=True)
         command = [
             *self.under, BIN / "twistd", "-n", "--pidfile=", f"--logfile={self.directory / 'log'}",
-            "erofs-nbd", "--state-dir", self.state_dir, "--cache-dir", self.directory / "cache", *self.options,
+            "erofs-nbd", "--state-dir", self.state_dir, "--cache-dir", self.directory / "cache",
+            *self.options,
         ]  # fmt: skip
         said = self.log.count("listening on")
         self._process = subprocess.Popen(
