@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
 from erofs_twisted import __version__
-from erofs_twisted.control.client import SOCKET, Daemon
+from erofs_twisted.control import SOCKET
 from erofs_twisted.errors import ErofsTwistedError, MountError
 from erofs_twisted.options import (
     IMAGE_OPTIONS,
@@ -30,9 +29,12 @@ from erofs_twisted.options import (
     read_state_dir,
 )
 from erofs_twisted.process import conceal_arguments
-from erofs_twisted.running import run
+from erofs_twisted.running import run, run_command
 from erofs_twisted.state.journal import Journal
 from erofs_twisted.waiting import wait_until_ready
+
+if TYPE_CHECKING:
+    from erofs_twisted.control.client import Daemon
 
 IMAGE_OPTION_NAMES = tuple(option.name for option in IMAGE_OPTIONS)
 REGISTRY_OPTION_NAMES = (
@@ -438,19 +440,11 @@ def prune_cache(
 
 
 def _daemon(state_dir: str | None) -> Daemon:
+    from erofs_twisted.control.client import Daemon
+
     return Daemon(read_state_dir({"state-dir": state_dir}) / SOCKET)
 
 
 def main() -> NoReturn:
     """The ``erofs-nbd`` program: exit status 0, or 1 with a message."""
-    try:
-        commands.main(standalone_mode=False)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(1)
-    except click.Abort:
-        sys.exit(1)
-    except ErofsTwistedError as error:
-        click.echo(f"erofs-nbd: {error}", err=True)
-        sys.exit(1)
-    sys.exit(0)
+    run_command(commands, "erofs-nbd")

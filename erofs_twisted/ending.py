@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from erofs_twisted.control.client import SOCKET, Daemon
+from erofs_twisted.control import SOCKET
+from erofs_twisted.control.client import Daemon
 from erofs_twisted.running import run
 from erofs_twisted.state.journal import Journal, daemon_runs
 from erofs_twisted.unmounting import unmount

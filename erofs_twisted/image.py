@@ -236,7 +236,27 @@ class FoundImage:
 
     async def open(self) -> OpenImage:
         """The layer, through the cache. Call it once. Raises `CacheError`."""
-        image = await _open(self._reactor, self._pool, self._config, self._store, self.resolved, self.layer)
+        reactor, pool, config, store = self._reactor, self._pool, self._config, self._store
+        resolved, layer = self.resolved, self.layer
+        directory = CacheDirectory(reactor, pool, str(config.cache_dir), limit=config.cache_size)
+        cached = await directory.open(layer.digest, layer.size)
+        queue = FetchQueue(reactor, tell=teller(config))
+        source = BlobSource(store.blob(layer), cached, reactor, queue=queue)
+        missing = source.bytes_missing
+        export: IExport = BlobExport(
+            name=str(config.reference), description=f"{layer.media_type} {layer.digest}", source=source
+        )
+        recording = None
+        if config.trace == "record":
+            recording = Recording(reactor, pool, TraceFiles(str(config.cache_dir)), layer.digest, layer.size)
+            export = recording.of(export)
+        warm_up = WarmUp(reactor, source)
+        fill = Fill(reactor, source, queue, directory.room, config.fill_rate)
+        image = OpenImage(resolved, layer, export, source, store, warm_up, fill, fill_mode(config), recording)
+        if config.trace != "off" and missing:
+            # A mount that finds something in the cache asks the registry for no trace: what is there was one.
+            search = find_trace(store, str(config.cache_dir), resolved, layer, ask=missing == layer.size)
+            warm_up.follow(search)
         self._is_open = True
         return image
 
@@ -271,36 +291,6 @@ async def open_image(reactor: Any, pool: ThreadPool, config: ImageConfig) -> Ope
         return await found.open()
     finally:
         await found.close()
-
-
-async def _open(
-    reactor: Any,
-    pool: ThreadPool,
-    config: ImageConfig,
-    store: IImageStore,
-    resolved: ResolvedImage,
-    layer: Descriptor,
-) -> OpenImage:
-    directory = CacheDirectory(reactor, pool, str(config.cache_dir), limit=config.cache_size)
-    cached = await directory.open(layer.digest, layer.size)
-    queue = FetchQueue(reactor, tell=teller(config))
-    source = BlobSource(store.blob(layer), cached, reactor, queue=queue)
-    missing = source.bytes_missing
-    export: IExport = BlobExport(
-        name=str(config.reference), description=f"{layer.media_type} {layer.digest}", source=source
-    )
-    recording = None
-    if config.trace == "record":
-        recording = Recording(reactor, pool, TraceFiles(str(config.cache_dir)), layer.digest, layer.size)
-        export = recording.of(export)
-    warm_up = WarmUp(reactor, source)
-    fill = Fill(reactor, source, queue, directory.room, config.fill_rate)
-    image = OpenImage(resolved, layer, export, source, store, warm_up, fill, fill_mode(config), recording)
-    if config.trace != "off" and missing:
-        # A mount that finds something in the cache asks the registry for no trace: what is there was one.
-        search = find_trace(store, str(config.cache_dir), resolved, layer, ask=missing == layer.size)
-        warm_up.follow(search)
-    return image
 
 
 def fill_mode(config: ImageConfig) -> str:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from erofs_twisted.interfaces import IDeviceConnector
+from collections.abc import Sequence
+
+from erofs_twisted.interfaces import Connected, IDeviceConnector
+from erofs_twisted.mount.mountinfo import Mount
 from erofs_twisted.mount.mountpoint import Mountpoint
 from erofs_twisted.state.journal import boot_id
 from erofs_twisted.state.records import MountRecord
@@ -12,6 +15,11 @@ from erofs_twisted.state.takeover import Plan, Seen, make_plan
 async def plan_for(record: MountRecord, nbd: IDeviceConnector, mountpoint: Mountpoint) -> Plan:
     """The steps to a whole mount from what is left of the one on ``record``. Raises `MountError`."""
     devices = await nbd.connected(record.identifier) if record.backend == "nbd" else []
-    there = await mountpoint.there()
-    source, mount_id = ("", 0) if there is None else (there.source, there.mount_id)
-    return make_plan(record, Seen(boot=boot_id(), devices=devices, source=source, mount_id=mount_id))
+    return make_plan(record, seen(boot_id(), devices, await mountpoint.there()))
+
+
+def seen(boot: str, devices: Sequence[Connected], there: Mount | None) -> Seen:
+    """``there`` is what is mounted on the mount point, on top."""
+    if there is None:
+        return Seen(boot=boot, devices=devices)
+    return Seen(boot=boot, devices=devices, source=there.source, mount_id=there.mount_id)

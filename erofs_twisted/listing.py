@@ -10,16 +10,16 @@ from rich.markup import escape
 from rich.table import Table
 
 from erofs_twisted.state.journal import daemon_runs
-from erofs_twisted.state.records import MountRecord, Status
+from erofs_twisted.state.records import TOLD, MountRecord, Status
 
 WIDTH = 400
-FIELDS = ("mountpoint", "image", "digest", "layer", "backend", "device", "size", "status", "reason", "pid")
 
 
 def as_dicts(records: Sequence[MountRecord]) -> list[dict[str, Any]]:
     """For JSON: their fields, and what `state` says."""
     return [
-        {**{name: getattr(record, name) for name in FIELDS}, "status": state(record)} for record in records
+        {**{name: getattr(record, name) for name in (*TOLD, "pid")}, "status": state(record)}
+        for record in records
     ]
 
 

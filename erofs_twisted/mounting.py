@@ -17,7 +17,7 @@ from erofs_twisted.device.fuse import FuseConnector
 from erofs_twisted.device.nbd import NetlinkConnector
 from erofs_twisted.devices import Devices, Served
 from erofs_twisted.errors import ErofsTwistedError, MountError
-from erofs_twisted.image import FoundImage, find_image
+from erofs_twisted.image import FoundImage, OpenImage, find_image
 from erofs_twisted.interfaces import IDeviceConnector
 from erofs_twisted.leftovers import plan_for
 from erofs_twisted.mount.mountpoint import Busy, Mountpoint
@@ -245,11 +245,7 @@ class Mount:
         write = state.note if plan.adopts else state.update
         try:
             write(
-                backend=served.backend,
-                identifier=served.identifier,
-                size=served.image.export.size,
-                digest=found.resolved.digest,
-                layer=found.layer.digest,
+                **_on_record(found, served.image, served.backend, served.identifier),
                 device=served.device.path,
                 mount_id=plan.mount_id,
             )
@@ -281,13 +277,7 @@ class Mount:
                 identifier = self.config.nbd.backend_identifier or (
                     f"{image.export.description} {record_name(self.config.mountpoint)}"
                 )
-                state.update(
-                    backend=connector.name,
-                    identifier=identifier,
-                    size=image.export.size,
-                    digest=found.resolved.digest,
-                    layer=found.layer.digest,
-                )
+                state.update(**_on_record(found, image, connector.name, identifier))
                 device = await connector.attach(image.export, server, identifier)
                 undo.push_async_callback(device.detach)
                 state.update(device=device.path)
@@ -367,6 +357,17 @@ class Mount:
     def _raise_if_stopped(self) -> None:
         if self._stop_wishes:
             raise Stopped
+
+
+def _on_record(found: FoundImage, image: OpenImage, backend: str, identifier: str) -> dict[str, Any]:
+    """What a device is found by, and what is on it."""
+    return {
+        "backend": backend,
+        "identifier": identifier,
+        "size": image.export.size,
+        "digest": found.resolved.digest,
+        "layer": found.layer.digest,
+    }
 
 
 def _kind(connector: IDeviceConnector, found: FoundImage, config: MountConfig) -> Hashable:

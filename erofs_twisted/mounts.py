@@ -25,7 +25,7 @@ from erofs_twisted.options import OPTIONS, MountConfig, read_mount_config
 from erofs_twisted.process import open_files
 from erofs_twisted.recentlines import RecentLines
 from erofs_twisted.state.journal import Journal, daemon_runs
-from erofs_twisted.state.records import MountRecord, Status
+from erofs_twisted.state.records import TOLD, MountRecord, Status
 from erofs_twisted.syscalls import in_thread
 
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
@@ -33,8 +33,6 @@ FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
 
 SPARE_FILES = 100
 """So many file descriptors has a mount to find free: its own, and connections, for it and for all others."""
-TOLD = ("mountpoint", "image", "status", "reason", "digest", "layer", "backend", "device", "size")
-"""What of a record is told."""
 
 Options = Mapping[str, str | bool]
 

@@ -14,14 +14,14 @@ from twisted.application.service import Service
 from twisted.internet.defer import Deferred, maybeDeferred
 from twisted.logger import Logger, globalLogPublisher
 
-from erofs_twisted.control.client import SOCKET
+from erofs_twisted.control import SOCKET
 from erofs_twisted.control.server import site
 from erofs_twisted.errors import ErofsTwistedError, MountError
 from erofs_twisted.mounts import Mounts
 from erofs_twisted.ownerport import OwnerPort
 from erofs_twisted.process import ExitStatus, on_stop_signal, on_upgrade_signal, resume_collections
 from erofs_twisted.recentlines import RecentLines
-from erofs_twisted.watchdog import Watchdog, interval
+from erofs_twisted.watchdog import Watchdog
 
 
 class MountsService(Service):
@@ -124,9 +124,7 @@ class MountsService(Service):
         restored = mounts.restore()
         resume_collections()
         self._watchdog = Watchdog(self._reactor, mounts.devices.pool, mounts.devices.all, self._notify)
-        seconds = interval(os.environ)
-        if seconds is not None:
-            self._watchdog.start(seconds)
+        self._watchdog.start(os.environ)
         self._notify(f"READY=1\nSTATUS=listening on {self._state_dir / SOCKET}")
         self.log.info(
             "listening on {socket}; {count} mounts to restore",

@@ -51,6 +51,19 @@ class OwnerPort(unix.Port):
         tcp.Port.connectionLost(self, reason)
 
 
+def is_dead(path: str) -> bool:
+    """Does nobody listen on a socket any more? Raises OSError."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            return True
+        except BlockingIOError:
+            pass  # its queue is full, so somebody has one
+    return False
+
+
 def _identity(path: str) -> tuple[int, int] | None:
     try:
         found = os.lstat(path)
@@ -66,13 +79,7 @@ def _remove_stale(path: str) -> None:
         return
     if not stat.S_ISSOCK(mode):
         raise SocketInUse(f"{path} exists and is no socket: choose another path, or remove it")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.setblocking(False)
-        try:
-            probe.connect(path)
-        except ConnectionRefusedError:
-            os.unlink(path)
-            return
-        except BlockingIOError:
-            pass  # its queue is full, so somebody has one
+    if is_dead(path):
+        os.unlink(path)
+        return
     raise SocketInUse(f"another server listens on {path}: stop it, or choose another path")

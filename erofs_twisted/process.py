@@ -8,8 +8,9 @@ import gc
 import os
 import resource
 import signal
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
@@ -28,6 +29,20 @@ def on_upgrade_signal(reactor: Any, upgrade: Callable[[], None]) -> None:
         reactor.callFromThread(upgrade)
 
     reactor.callWhenRunning(signal.signal, signal.SIGUSR2, received)
+
+
+def run_program(command: Sequence[str]) -> tuple[int, str]:
+    """Run one that starts a daemon, to its own end: its status, and what it said on either channel. It
+    blocks."""
+    done = subprocess.run(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd="/",
+    )
+    return done.returncode, done.stdout.strip()
 
 
 def on_stop_signal(reactor: Any, stop: Callable[[str], None]) -> None:

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import attrs
 from twisted.python.threadpool import ThreadPool
 
-from erofs_twisted.control.client import SOCKET, Daemon
-from erofs_twisted.control.errors import NoDaemon
-from erofs_twisted.control.starting import start_daemon
+from erofs_twisted.control.starting import have_daemon
 from erofs_twisted.device.nbd import NetlinkConnector
 from erofs_twisted.errors import ErofsTwistedError, MountError
 from erofs_twisted.leftovers import plan_for
 from erofs_twisted.mount.mountpoint import Mountpoint
 from erofs_twisted.pool import SystemCallPool
-from erofs_twisted.process import TWISTD
+from erofs_twisted.process import TWISTD, run_program
 from erofs_twisted.state.journal import Journal, daemon_runs
 from erofs_twisted.state.records import MountRecord
 from erofs_twisted.state.takeover import Plan
@@ -82,24 +79,14 @@ def start(journal: Journal, record: MountRecord, more: Mapping[str, str], timeou
     Raises `MountError`, with the daemon's own words.
     """
     if record.service:
-        try:
-            Daemon(journal.state_dir / SOCKET).status()
-        except NoDaemon:
-            start_daemon(journal.state_dir)
+        have_daemon(journal.state_dir)
         wait_until_ready(journal, record.mountpoint, timeout)
         return
     log = journal.directory(record.mountpoint) / "log"
     arguments = ["--pidfile=", f"--logfile={log}", "erofs-nbd", *_spelt({**record.options, **more})]
-    done = subprocess.run(
-        [*TWISTD, *arguments],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd="/",
-    )
-    if done.returncode != 0:
-        raise MountError(f"{record.mountpoint}: {done.stdout.strip() or 'twistd ended at once'}")
+    status, said = run_program([*TWISTD, *arguments])
+    if status != 0:
+        raise MountError(f"{record.mountpoint}: {said or 'twistd ended at once'}")
     wait_until_ready(journal, record.mountpoint, timeout)
 
 

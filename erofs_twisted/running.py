@@ -1,12 +1,30 @@
-"""A command's work on the reactor: begun, waited for, and over."""
+"""A command: its work on the reactor, and its end."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import Any, NoReturn
 
+import click
+
+from erofs_twisted.errors import ErofsTwistedError
 from erofs_twisted.process import on_stop_signal
+
+
+def run_command(command: click.Command, name: str, failed: int = 1) -> NoReturn:
+    """A whole program: its exit status is 0, 1 for a call that is wrong, or ``failed``, with a message."""
+    try:
+        command.main(prog_name=name, standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(1)
+    except click.Abort:
+        sys.exit(failed)
+    except ErofsTwistedError as error:
+        click.echo(f"{name}: {error}", err=True)
+        sys.exit(failed)
+    sys.exit(0)
 
 
 def run(main: Callable[[Any], Coroutine[Any, Any, Any]], verbose: bool = False) -> Any:

@@ -14,7 +14,7 @@ from erofs_twisted.devices import Devices
 from erofs_twisted.mounting import Mount
 from erofs_twisted.options import MountConfig
 from erofs_twisted.process import ExitStatus, on_stop_signal, on_upgrade_signal, resume_collections
-from erofs_twisted.watchdog import Watchdog, interval
+from erofs_twisted.watchdog import Watchdog
 
 
 class MountService(Service):
@@ -73,9 +73,7 @@ class MountService(Service):
         self.mount = Mount(self._reactor, self._config, devices)
         _ = self.mount.ready.addCallback(self._say_ready)
         watchdog = Watchdog(self._reactor, devices.pool, devices.all, self._notify)
-        seconds = interval(os.environ)
-        if seconds is not None:
-            watchdog.start(seconds)
+        watchdog.start(os.environ)
         failure = await self.mount.live()
         watchdog.stop()
         await devices.close()

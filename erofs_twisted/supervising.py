@@ -8,7 +8,6 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
@@ -60,7 +59,6 @@ class _Supervisor:
     _child: int
     _is_stopping: bool = False
     _pause: float = FIRST_PAUSE
-    _sleep: Callable[[float], object] = time.sleep
 
     def run(self) -> None:
         """Returns in the child."""
@@ -128,7 +126,7 @@ class _Supervisor:
             file=sys.stderr,
             flush=True,
         )
-        self._sleep(pause)
+        time.sleep(pause)
         if self._is_stopping:
             self._leave(128 + number)
 

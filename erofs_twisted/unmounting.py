@@ -10,8 +10,7 @@ from twisted.python.threadpool import ThreadPool
 from erofs_twisted.device.driver import NBDDriver
 from erofs_twisted.device.fuse import clear_away
 from erofs_twisted.errors import MountError
-from erofs_twisted.mount.mountinfo import parse_mountinfo
-from erofs_twisted.mount.mountpoint import MOUNTINFO, Mountpoint
+from erofs_twisted.mount.mountpoint import Mountpoint, mounts_here
 from erofs_twisted.pool import SystemCallPool
 from erofs_twisted.state.journal import Journal, daemon_runs
 from erofs_twisted.state.records import MountRecord, Status
@@ -71,7 +70,7 @@ def _disconnect(record: MountRecord, was_mounted: bool) -> None:
     else:
         devices = driver.connected(record.identifier)
         paths = [each.path for each in devices if record.device in ("", each.path) and not each.is_held]
-    sources = {mount.source for mount in parse_mountinfo(MOUNTINFO.read_bytes())}
+    sources = {mount.source for mount in mounts_here()}
     for path in paths:
         if path not in sources:
             driver.detach(driver.find(path))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 from erofs_twisted.errors import MountError
-from erofs_twisted.mount.mountinfo import mount_at, parse_mountinfo
+from erofs_twisted.mount.mountinfo import mount_at
+from erofs_twisted.mount.mountpoint import mounts_here
 from erofs_twisted.state.journal import Journal, daemon_runs
 from erofs_twisted.state.records import Status
 
@@ -51,4 +51,4 @@ def wait_until_ready(
 
 
 def _is_mounted(path: str) -> bool:
-    return mount_at(parse_mountinfo(Path("/proc/self/mountinfo").read_bytes()), path) is not None
+    return mount_at(mounts_here(), path) is not None

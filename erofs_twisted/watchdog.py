@@ -43,8 +43,11 @@ class Watchdog:
     _notify: Callable[[str], object]
     _looking: LoopingCall | None = attrs.field(init=False, default=None)
 
-    def start(self, seconds: float) -> None:
-        """Look each so many seconds, from now on."""
+    def start(self, environment: Mapping[str, str]) -> None:
+        """Look from now on, as often as systemd wants it by the ``environment``."""
+        seconds = interval(environment)
+        if seconds is None:
+            return
         self._looking = LoopingCall(lambda: Deferred.fromCoroutine(self._look()))
         self._looking.clock = self._reactor
         _ = self._looking.start(seconds).addErrback(

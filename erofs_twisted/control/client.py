@@ -17,8 +17,6 @@ from erofs_twisted.control.errors import NoDaemon
 from erofs_twisted.errors import MountError
 
 POLL = 0.05
-SOCKET = "control"
-"""The socket's name in the state directory."""
 
 
 class _Connection(http.client.HTTPConnection):
@@ -89,20 +87,19 @@ class Daemon:
         """Have it replaced by the program that is installed now; when that has all mounts, its `status`."""
         before = self.call("POST", "upgrade")
         deadline = time.monotonic() + timeout
+        error = MountError(f"after {timeout:g} s not all mounts are there again; the daemon's log says why")
         while True:
+            last = error
             try:
                 now = self.status()
                 mounts = self.call("GET", "mounts")["mounts"]
                 ready = [each for each in mounts if each["status"] == "ready"]
                 if now["instance"] != before["instance"] and len(ready) >= before["mounts"]:
                     return now
-            except MountError:
-                if time.monotonic() > deadline:
-                    raise
+            except MountError as failed:
+                last = failed  # between the one and the next, nobody listens
             if time.monotonic() > deadline:
-                raise MountError(
-                    f"after {timeout:g} s not all mounts are there again; the daemon's log says why"
-                )
+                raise last
             time.sleep(POLL)
 
     def log(self, mountpoint: str, after: int = 0) -> Any:

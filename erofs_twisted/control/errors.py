@@ -9,6 +9,10 @@ class CallError(MountError):
     """A call that is no call of this interface."""
 
 
+class Forbidden(CallError):
+    """Not for this user."""
+
+
 class NoSuchMount(MountError):
     """The daemon has no mount there."""
 

@@ -16,7 +16,7 @@ from twisted.web.http import Request
 from twisted.web.resource import Resource
 from twisted.web.server import NOT_DONE_YET, Site
 
-from erofs_twisted.control.errors import CallError, MountedOtherwise, NoSuchMount
+from erofs_twisted.control.errors import CallError, Forbidden, MountedOtherwise, NoSuchMount
 from erofs_twisted.errors import ErofsTwistedError
 from erofs_twisted.interfaces import IMounts
 from erofs_twisted.mount.mountpoint import Busy
@@ -24,6 +24,7 @@ from erofs_twisted.options import OptionError
 
 MAX_BODY = 64 * 1024
 STATUSES: tuple[tuple[type[ErofsTwistedError], int], ...] = (
+    (Forbidden, 403),
     (CallError, 400),
     (OptionError, 400),
     (NoSuchMount, 404),
@@ -32,10 +33,6 @@ STATUSES: tuple[tuple[type[ErofsTwistedError], int], ...] = (
     (ErofsTwistedError, 502),
 )
 """What an error is in HTTP: the first that fits."""
-
-
-class Forbidden(CallError):
-    """Not for this user."""
 
 
 class Control(Resource):
@@ -59,8 +56,6 @@ class Control(Resource):
             if _peer_user(request) not in (0, os.geteuid()):
                 raise Forbidden("only root and the user whom the daemon runs as may do that")
             status, content = await self._call(request)
-        except Forbidden as error:
-            status, content = 403, {"error": str(error)}
         except ErofsTwistedError as error:
             status = next(code for kind, code in STATUSES if isinstance(error, kind))
             content = {"error": str(error)}

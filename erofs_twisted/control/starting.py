@@ -6,11 +6,12 @@ import subprocess
 import time
 from pathlib import Path
 
-from erofs_twisted.control.client import SOCKET, Daemon
+from erofs_twisted.control import SOCKET
+from erofs_twisted.control.client import Daemon
 from erofs_twisted.control.errors import NoDaemon
 from erofs_twisted.errors import MountError
 from erofs_twisted.options import read_state_dir
-from erofs_twisted.process import TWISTD
+from erofs_twisted.process import TWISTD, run_program
 
 SYSTEMD = Path("/run/systemd/system")
 """There where systemd runs this machine."""
@@ -20,34 +21,36 @@ PATIENCE = 60.0
 POLL = 0.05
 
 
-def start_daemon(state_dir: Path) -> None:
-    """Have one listen in ``state_dir``: systemd's own where it has one, else one without. Raises
-    `MountError`."""
+def have_daemon(state_dir: Path) -> Daemon:
+    """The one that listens in ``state_dir``. Where there is none one is started: systemd's own where it has
+    one, else one without. It blocks. Raises `MountError`."""
+    daemon = Daemon(state_dir / SOCKET)
+    try:
+        daemon.status()
+        return daemon
+    except NoDaemon:
+        _start(state_dir)
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            daemon.status()
+            return daemon
+        except NoDaemon:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(POLL)
+
+
+def _start(state_dir: Path) -> None:
     if SYSTEMD.is_dir() and state_dir == read_state_dir({}) and _unit_is_there():
         command = ["systemctl", "start", UNIT]
     else:
         state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         log = f"--logfile={state_dir / 'daemon.log'}"
         command = [*TWISTD, "--pidfile=", log, "erofs-nbd", f"--state-dir={state_dir}"]
-    done = subprocess.run(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd="/",
-    )
-    if done.returncode != 0:
-        raise MountError(f"no daemon can be started ({command[0]}): {done.stdout.strip()}")
-    deadline = time.monotonic() + PATIENCE
-    while True:
-        try:
-            Daemon(state_dir / SOCKET).status()
-            return
-        except NoDaemon:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(POLL)
+    status, said = run_program(command)
+    if status != 0:
+        raise MountError(f"no daemon can be started ({command[0]}): {said}")
 
 
 def _unit_is_there() -> bool:

@@ -22,12 +22,12 @@ from erofs_twisted.doctor.search import (
     daemon_of,
     is_dead_socket,
     is_held_by_a_daemon,
-    mounts_here,
     open_files,
     users_of,
 )
 from erofs_twisted.errors import ErofsTwistedError, MountError
 from erofs_twisted.mount.mountinfo import mount_at
+from erofs_twisted.mount.mountpoint import mounts_here
 from erofs_twisted.reattaching import start
 from erofs_twisted.state.journal import RECORD, Journal, daemon_runs
 from erofs_twisted.syscalls import MNT_DETACH, UMOUNT_NOFOLLOW, umount

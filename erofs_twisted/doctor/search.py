@@ -3,11 +3,9 @@ nothing. It blocks."""
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 import re
-import socket
 import stat
 from collections.abc import Iterator, Sequence, Set
 from contextlib import suppress
@@ -29,10 +27,13 @@ from erofs_twisted.doctor.remains import (
 )
 from erofs_twisted.errors import MountError
 from erofs_twisted.interfaces import Connected
-from erofs_twisted.mount.mountinfo import Mount, mount_at, parse_mountinfo
+from erofs_twisted.leftovers import seen
+from erofs_twisted.mount.mountinfo import Mount, mount_at
+from erofs_twisted.mount.mountpoint import mounts_here
+from erofs_twisted.ownerport import is_dead
 from erofs_twisted.state.journal import DAMAGED, RECORD, boot_id, daemon_runs
 from erofs_twisted.state.records import MountRecord, RecordError
-from erofs_twisted.state.takeover import Seen, make_plan
+from erofs_twisted.state.takeover import make_plan
 
 PROC = Path("/proc")
 BLOCK = Path("/sys/block")
@@ -69,11 +70,6 @@ def look_for_remains(state_dir: Path, driver: NBDDriver | None, directory: Path 
         sockets=[str(path) for path in _dead_sockets(state_dir)],
         pidfiles=[*_pidfiles([*state_dir.glob("*.pid"), (directory or Path.cwd()) / PIDFILE])],
     )
-
-
-def mounts_here() -> list[Mount]:
-    """The mounts of this mount namespace."""
-    return parse_mountinfo((PROC / "self/mountinfo").read_bytes())
 
 
 def open_files() -> Iterator[Opened]:
@@ -116,13 +112,9 @@ def is_held_by_a_daemon(directory: Path) -> bool:
 
 
 def is_dead_socket(path: Path) -> bool:
-    """Does nobody listen on it?"""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
-        client.setblocking(False)
-        try:
-            client.connect(str(path))
-        except OSError as error:
-            return error.errno == errno.ECONNREFUSED
+    """Does nobody listen on it, as far as that can be told?"""
+    with suppress(OSError):
+        return is_dead(str(path))
     return False
 
 
@@ -155,10 +147,8 @@ def _on_record(record: MountRecord, driver: NBDDriver | None, mounts: list[Mount
         if driver is None:
             return OnRecord(record=record, is_served=False, problem="what it left takes root to tell")
         devices = driver.connected(record.identifier)
-    there = mount_at(mounts, record.mountpoint)
-    source, mount_id = ("", 0) if there is None else (there.source, there.mount_id)
     try:
-        plan = make_plan(record, Seen(boot=boot, devices=devices, source=source, mount_id=mount_id))
+        plan = make_plan(record, seen(boot, devices, mount_at(mounts, record.mountpoint)))
     except MountError as error:
         return OnRecord(record=record, is_served=False, problem=str(error))
     return OnRecord(record=record, is_served=False, plan=plan)

@@ -18,7 +18,7 @@ from erofs_twisted.device.nbdfuse import missing_programs
 from erofs_twisted.device.netlink import GenericNetlink
 from erofs_twisted.device.uapi import FAMILY, VERSION
 from erofs_twisted.doctor.machine import COMPRESSORS, Machine, Place
-from erofs_twisted.mount.mountinfo import parse_mountinfo
+from erofs_twisted.mount.mountpoint import mounts_here
 
 UNIT = "erofs-nbd@.service"
 UNITS = (
@@ -148,7 +148,7 @@ def filesystem_of(path: Path) -> str:
     """The type of the file system that a directory is on."""
     real = os.path.realpath(path)
     best, fstype = "", ""
-    for mount in parse_mountinfo(Path("/proc/self/mountinfo").read_bytes()):
+    for mount in mounts_here():
         is_above = real == mount.path or real.startswith(mount.path.rstrip("/") + "/")
         if is_above and len(mount.path) >= len(best):
             best, fstype = mount.path, mount.fstype

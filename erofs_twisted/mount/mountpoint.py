@@ -79,7 +79,7 @@ class Mountpoint:
 
     async def there(self) -> Mount | None:
         """What is mounted here, on top; None where nothing is."""
-        return mount_at(await in_thread(self._reactor, self._pool, _mounts), self.path)
+        return mount_at(await in_thread(self._reactor, self._pool, mounts_here), self.path)
 
     async def is_missing(self) -> bool:
         """Is there nothing of that name?"""
@@ -104,7 +104,8 @@ class Mountpoint:
                 self.log.warn("{path} stays: {reason}", path=self.path, reason=error.strerror)
 
 
-def _mounts() -> list[Mount]:
+def mounts_here() -> list[Mount]:
+    """All mounts of this mount namespace. It blocks."""
     return parse_mountinfo(MOUNTINFO.read_bytes())
 
 
@@ -123,7 +124,7 @@ def _prepare(path: str, make: bool) -> tuple[str, bool]:
         raise MountError(f"there is no directory {missing}: {cure}") from error
     except OSError as error:
         raise MountError(f"{path} cannot be mounted on: {error.strerror}") from error
-    if (there := mount_at(_mounts(), path)) is not None:
+    if (there := mount_at(mounts_here(), path)) is not None:
         raise MountError(
             f"{path} is a mount point already, of {there.source} (type {there.fstype}): unmount that first, "
             "or take another directory"
@@ -140,7 +141,7 @@ def _mount(source: str, path: str, fstype: str, options: MountOptions) -> int:
             f"the kernel cannot mount {source} on {path} (type {fstype}): {error.strerror}"
             f"{_explain(error.errno or 0, fstype)}"
         ) from error
-    there = mount_at(_mounts(), path)
+    there = mount_at(mounts_here(), path)
     return there.mount_id if there is not None else 0
 
 
@@ -169,7 +170,7 @@ def _explain(number: int, fstype: str) -> str:
 
 
 def _unmount(path: str, mount_id: int | None, lazy: bool) -> None:
-    mounts = _mounts()
+    mounts = mounts_here()
     top = mount_at(mounts, path)
     stacked = {there.mount_id for there in mounts if there.path == path}
     if top is None or mount_id not in {None, *stacked}:
@@ -187,5 +188,5 @@ def _unmount(path: str, mount_id: int | None, lazy: bool) -> None:
 
 
 def _holders(path: str) -> list[Holder]:
-    there = mount_at(_mounts(), path)
+    there = mount_at(mounts_here(), path)
     return [] if there is None else find_holders(there)

@@ -50,13 +50,17 @@ class MountState:
     _lock: int
     record: MountRecord
     before: MountRecord | None = None
+    _written: MountRecord | None = attrs.field(init=False, default=None)
 
     log = Logger()
 
     def update(self, **changes: Any) -> None:
-        """Replace fields of the record, on disk in one step, and for good when this returns. Raises
-        `MountError` where it cannot be written; `record` has them all the same."""
+        """Replace fields of the record, on disk in one step, and for good when this returns. What is there
+        already is not written again. Raises `MountError` where it cannot be written; `record` has them all
+        the same."""
         self.record = attrs.evolve(self.record, **changes)
+        if self.record == self._written:
+            return
         try:
             replace_file(str(self.path / RECORD), self.record.to_json(), durable=True)
         except OSError as error:
@@ -64,6 +68,7 @@ class MountState:
                 f"--state-dir {self.path.parent}: {error.strerror}: {self.record.mountpoint} cannot be "
                 "recorded; make room there, or name another directory"
             ) from error
+        self._written = self.record
 
     def note(self, **changes: Any) -> None:
         """As `update`, where it has to go on without: it is only logged."""

@@ -16,6 +16,10 @@ from erofs_twisted.errors import ErofsTwistedError
 VERSION = 2
 
 
+TOLD = ("mountpoint", "image", "status", "reason", "digest", "layer", "backend", "device", "size")
+"""The fields of a record that are for everybody who asks for its mount."""
+
+
 class Status(enum.StrEnum):
     """How far a mount has come."""
 

@@ -150,9 +150,7 @@ FLOORS: dict[int, list[str]] = {
     ],
     2: [
         "leftovers",
-        "doctor.search",
         "doctor.survey",
-        "doctor.examination",
         "prefetch",
         "prefetch.fill",
         "prefetch.metadata",
@@ -161,7 +159,7 @@ FLOORS: dict[int, list[str]] = {
         "tracing",
         "waiting",
     ],
-    3: ["image"],
+    3: ["image", "doctor.search", "doctor.examination"],
     4: [
         "devices",
         "control",

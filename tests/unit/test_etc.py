@@ -9,7 +9,7 @@ from typing import Any
 
 from twisted.trial.unittest import SynchronousTestCase
 
-from erofs_twisted.control.client import SOCKET
+from erofs_twisted.control import SOCKET
 from erofs_twisted.options import MountConfig, ServiceConfig
 from erofs_twisted.tap import Options
 

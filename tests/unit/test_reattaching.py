@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from pathlib import Path
 
 from twisted.trial.unittest import SynchronousTestCase
@@ -64,13 +65,13 @@ class StartTests(ReattachingTestCase):
         (self.record,) = orphans_on_record(self.journal, None)
         self.commands: list[list[str]] = []
         self.status, self.output = 0, ""
-        self.patch(reattaching.subprocess, "run", self.run_command)
+        self.patch(subprocess, "run", self.run_command)
         self.waited: list[str] = []
         self.patch(reattaching, "wait_until_ready", lambda journal, path, timeout: self.waited.append(path))
 
     def run_command(self, command: list[str], **how: object) -> object:
         self.commands.append(command)
-        return reattaching.subprocess.CompletedProcess(command, self.status, stdout=self.output)
+        return subprocess.CompletedProcess(command, self.status, stdout=self.output)
 
     def test_the_options_are_those_of_the_daemon_before_and_more(self) -> None:
         start(self.journal, self.record, {"username": "robot"}, 5.0)

@@ -53,7 +53,7 @@ class WatchdogTests(SynchronousTestCase):
         )
 
     def looks(self, count: int) -> int:
-        self.watchdog.start(20.0)
+        self.watchdog.start({"WATCHDOG_USEC": "60000000"})
         self.clock.pump([20.0] * (count - 1))
         self.watchdog.stop()
         self.assertEqual({"WATCHDOG=1"}, {*self.said} | {"WATCHDOG=1"})
