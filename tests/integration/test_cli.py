@@ -165,12 +165,12 @@ class ServeTests(CommandTestCase):
         self.assertIsNone(server.poll())
 
     def test_told_to_stop_while_the_registry_stalls_it_ends(self) -> None:
-        self.registry.set("stalled", {"stall": True})
-        image, path = self.registry.image("stalled"), self.directory / "socket"
+        self.registry.set("unanswered", {"stall": True})
+        image, path = self.registry.image("unanswered"), self.directory / "socket"
         server = subprocess.Popen([BIN / "erofs-nbd", "serve", image, "--socket", path], cwd=self.directory)
         self.addCleanup(server.wait)
         self.addCleanup(server.kill)
-        until("request", lambda: self.registry.requests("stalled"))
+        until("request", lambda: self.registry.requests("unanswered"))
         server.terminate()
         self.assertEqual(0, server.wait(10))
 
