@@ -8,12 +8,12 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 import attrs
-from twisted.internet.defer import DeferredLock
+from twisted.internet.defer import CancelledError, Deferred, DeferredLock
 from twisted.internet.task import deferLater
 from twisted.logger import Logger
 
 from erofs_twisted.image import OpenImage
-from erofs_twisted.interfaces import IBlockDevice
+from erofs_twisted.interfaces import HandedDevice, IBlockDevice
 from erofs_twisted.nbd.server import NBDServer
 from erofs_twisted.pool import SystemCallPool
 
@@ -37,11 +37,17 @@ class Served:
         async with self._behind() as undo:
             undo.push_async_callback(self.device.detach)
 
-    async def leave(self) -> None:
-        """Leave the device as it is, without a server: reads wait for the next one."""
-        self.device.leave()
+    async def leave(self) -> HandedDevice:
+        """Leave the device as it is, for another process to serve: reads wait for that."""
+        handed = self.device.leave()
         async with self._behind():
-            pass
+            return attrs.evolve(
+                handed,
+                size=self.image.export.size,
+                identifier=self.identifier,
+                connections=await self.server.hand_over(),
+            )
+        raise AssertionError("an exit stack swallows no exception")
 
     def _behind(self) -> AsyncExitStack:
         undo = AsyncExitStack()
@@ -60,12 +66,17 @@ class Devices:
 
     log = Logger()
 
-    def __init__(self, reactor: Any) -> None:
+    def __init__(self, reactor: Any, handed: dict[str, HandedDevice] | None = None) -> None:
         self._reactor = reactor
         self.pool = SystemCallPool(reactor)
         """Threads for what is shared."""
+        self.handed = {} if handed is None else handed
+        """By their paths, those that another daemon has given to this one and that are not taken yet; in the
+        end, those that are for the next one."""
         self._served: list[tuple[Hashable, Served]] = []
         self._locks: WeakValueDictionary[Hashable, DeferredLock] = WeakValueDictionary()
+        self._is_leaving = False
+        self._waits: set[Deferred[None]] = set()
 
     async def close(self) -> None:
         """When all is given back."""
@@ -103,28 +114,52 @@ class Devices:
         finally:
             lock.release()
 
-    async def give_back(self, served: Served) -> None:
+    async def give_back(self, served: Served) -> bool:
         """One user less. After the last it ends, as soon as nothing holds the device: open files read it
-        after a lazy unmount, and so do mounts in other namespaces."""
+        after a lazy unmount, and so do mounts in other namespaces. False where it is `handed` to another
+        daemon instead."""
         served.users -= 1
         said = False
         while not served.users and not served.device.lost.called and await served.device.is_held():
+            if self._is_leaving:
+                await self._leave(served)
+                return False
             if not said:
                 path = served.device.path
                 self.log.warn("{device} is still in use; serving it until that ends", device=path)
                 said = True
-            await deferLater(self._reactor, HELD_RETRY)
-        if served.users:
-            return
-        self._forget(served)
-        await served.end()
-
-    async def leave(self, served: Served) -> None:
-        """One user less. After the last one it is left to another daemon."""
-        served.users -= 1
+            await self._wait()
         if not served.users:
             self._forget(served)
-            await served.leave()
+            await served.end()
+        return True
+
+    async def _wait(self) -> None:
+        """Some time, or until there is something else to do."""
+        wait: Deferred[None] = deferLater(self._reactor, HELD_RETRY)
+        self._waits.add(wait)
+        try:
+            await wait
+        except CancelledError:
+            pass
+        finally:
+            self._waits.discard(wait)
+
+    def leave_what_is_held(self) -> None:
+        """Hand over what is waited for, too."""
+        self._is_leaving = True
+        for wait in list(self._waits):
+            wait.cancel()
+
+    async def leave(self, served: Served) -> None:
+        """One user less. After the last one it is `handed` to another daemon."""
+        served.users -= 1
+        if not served.users:
+            await self._leave(served)
+
+    async def _leave(self, served: Served) -> None:
+        self._forget(served)
+        self.handed[served.device.path] = await served.leave()
 
     def _forget(self, served: Served) -> None:
         self._served = [(kind, each) for kind, each in self._served if each is not served]

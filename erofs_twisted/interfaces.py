@@ -89,6 +89,17 @@ class IExport(Interface):
         up to ``length``. A hole reads as zeros."""
 
 
+@attrs.frozen(kw_only=True)
+class HandedConnection:
+    """A client in the transmission phase, for another server to go on with: its socket, the ``requests`` of
+    its that are still to be answered, as it sent them, and what was negotiated with it."""
+
+    sock: socket.socket
+    requests: bytes = b""
+    structured: bool = False
+    allocation: bool = False
+
+
 class INBDServer(Interface):
     """Serves exports to NBD clients."""
 
@@ -97,9 +108,25 @@ class INBDServer(Interface):
         phase (a kernel device). Takes the socket over. Returns a Deferred that fires with None when the
         connection is lost, whichever side ended it."""
 
+    def go_on(connection: HandedConnection, export: IExport) -> Deferred[None]:
+        """As `adopt`, with a connection that another server has handed over."""
+
     def listen(path: str, exports: Sequence[IExport]) -> Deferred[IListeningPort]:
         """Serve ``exports`` (the first is the default) on a UNIX socket at ``path``, mode 0600, starting
         with the handshake. Returns a Deferred of the IListeningPort."""
+
+
+@attrs.frozen(kw_only=True)
+class HandedDevice:
+    """A device for another process to go on with: its path, its size in bytes, what it says of its server,
+    the connections to whom it is served, and what its back end needs to know of it, and has open."""
+
+    path: str
+    size: int = 0
+    identifier: str = ""
+    connections: Sequence[HandedConnection] = ()
+    facts: Mapping[str, Any] = attrs.field(factory=dict)
+    files: Mapping[str, int] = attrs.field(factory=dict)
 
 
 class IBlockDevice(Interface):
@@ -113,8 +140,9 @@ class IBlockDevice(Interface):
     def is_held() -> Deferred[bool]:
         """A Deferred of bool: does anything (a mount in any namespace, an open file) still use it?"""
 
-    def leave() -> None:
-        """Its server is about to go, and the device to stay, for another process to `adopt`."""
+    def leave() -> HandedDevice:
+        """Its server is about to go, and the device to stay, for another process to `adopt`: what that has
+        to have of it, but for the connections. What is open stays so as long as this process."""
 
     def detach() -> Deferred[None]:
         """Give the device back; a Deferred of None when the kernel has let go of it. Idempotent."""
@@ -149,8 +177,12 @@ class IDeviceConnector(Interface):
         """A Deferred of the devices that say this of their server, and that may get a new one."""
 
     def adopt(path: str, export: IExport, server: INBDServer, identifier: str) -> Deferred[IBlockDevice]:
-        """Serve a device whose server was killed, as one of `connected` said of it. A Deferred of it, or a
-        failure that leaves it as it was."""
+        """Serve a device whose server has handed it over, or was killed, as one of `connected` said of it. A
+        Deferred of it, or a failure that leaves it as it was."""
+
+    def disconnect(path: str) -> Deferred[None]:
+        """Take away a device of `connected` that nobody serves or uses. Fails with
+        `erofs_twisted.errors.MountError`."""
 
 
 class IMounts(Interface):
@@ -164,8 +196,7 @@ class IMounts(Interface):
         to ask for next. Raises `erofs_twisted.control.errors.NoSuchMount`."""
 
     def upgrade() -> None:
-        """Begin to go on as the program that is installed now, with the same mounts. Raises
-        `erofs_twisted.errors.MountError` where one of them cannot be left to that."""
+        """Begin to go on as the program that is installed now, with the same mounts."""
 
     def mounts() -> list[dict[str, Any]]:
         """All of them."""

@@ -12,9 +12,10 @@ from erofs_twisted.state.records import MountRecord
 from erofs_twisted.state.takeover import Plan, Seen, make_plan
 
 
-async def plan_for(record: MountRecord, nbd: IDeviceConnector, mountpoint: Mountpoint) -> Plan:
-    """The steps to a whole mount from what is left of the one on ``record``. Raises `MountError`."""
-    devices = await nbd.connected(record.identifier) if record.backend == "nbd" else []
+async def plan_for(record: MountRecord, connector: IDeviceConnector | None, mountpoint: Mountpoint) -> Plan:
+    """The steps to a whole mount from what is left of the one on ``record``, by the ``connector`` that made
+    its device. Raises `MountError`."""
+    devices = [] if connector is None else await connector.connected(record.identifier)
     return make_plan(record, seen(boot_id(), devices, await mountpoint.there()))
 
 

@@ -91,6 +91,8 @@ class Mount:
         """What is mounted."""
         self._leaves = False
         """Does what was there before stay when this ends now?"""
+        self.has_left = False
+        """Has it ended, and is it the next daemon's?"""
 
     @property
     def record(self) -> MountRecord | None:
@@ -113,7 +115,7 @@ class Mount:
         self._events.put(Event.STOP)
 
     def leave(self) -> None:
-        """End, and leave device and mount as they are, to another daemon. Only where it is up, by nbd."""
+        """End, and leave device and mount as they are, to another daemon. Only where it is up."""
         self._events.put(Event.LEAVE)
 
     async def live(self) -> str | None:
@@ -131,6 +133,8 @@ class Mount:
                 mountpoint, served = await self._start(undo, state)
                 self.ready.callback(None)
                 await self._serve(mountpoint, served, state)
+            if self._leaves:
+                raise Left
         except Stopped:
             self.log.info("stopped before {path} was mounted", path=config.mountpoint)
             if self._leaves:
@@ -139,6 +143,7 @@ class Mount:
             self.log.info("{path} is left to the next daemon", path=config.mountpoint)
             assert state is not None
             state.leave()
+            self.has_left = True
             return None
         except ErofsTwistedError as error:
             failure = str(error)
@@ -157,10 +162,15 @@ class Mount:
         pool = SystemCallPool(reactor)
         undo.push_async_callback(pool.stop)
         mountpoint = Mountpoint(reactor, pool, config.mountpoint)
-        nbd = NetlinkConnector(reactor, self._devices.pool, config.nbd)
-        plan = await self._look(state, nbd, mountpoint)
+        shared, handed = self._devices.pool, self._devices.handed
+        nbd = NetlinkConnector(reactor, shared, config.nbd, handed=handed)
+        fuse = FuseConnector(reactor, shared, str(state.path), handed=handed)
+        connectors = [nbd, fuse]
+        before = state.before
+        made_by = next((each for each in connectors if before and each.name == before.backend), None)
+        plan = await self._look(before, made_by, mountpoint)
         self._leaves = plan.adopts
-        await self._clear(plan, state, nbd, mountpoint)
+        await self._clear(plan, state, made_by, mountpoint)
         undo.push_async_callback(self._remove_directory, mountpoint, state)
         keeps = Step.KEEP in plan.steps
         if not keeps:
@@ -168,8 +178,11 @@ class Mount:
                 state.update(made=True)
             await mountpoint.check(make=config.mkdir)
         mountpoint.adopt(plan.mount_id, state.record.made)
-        fuse = FuseConnector(reactor, self._devices.pool, str(state.path))
-        connector = nbd if plan.adopts else await choose_connector(config.attach, [nbd, fuse])
+        if plan.adopts:
+            assert made_by is not None
+            connector: IDeviceConnector = made_by
+        else:
+            connector = await choose_connector(config.attach, connectors)
         served = await self._unless_stopped(Deferred.fromCoroutine(self._take_device(plan, connector, state)))
         self._leaves = False
         self.served = served
@@ -198,12 +211,14 @@ class Mount:
         )
         return mountpoint, served
 
-    async def _look(self, state: MountState, nbd: IDeviceConnector, mountpoint: Mountpoint) -> Plan:
-        """What is to be done about what a daemon that was killed has left. Raises `MountError`."""
-        record, config = state.before, self.config
+    async def _look(
+        self, record: MountRecord | None, made_by: IDeviceConnector | None, mountpoint: Mountpoint
+    ) -> Plan:
+        """What is to be done about what the daemon before has left. Raises `MountError`."""
+        config = self.config
         if record is None:
             return AFRESH
-        plan = await plan_for(record, nbd, mountpoint)
+        plan = await plan_for(record, made_by, mountpoint)
         if plan.adopts and record.image != str(config.image.reference):
             raise MountError(
                 f"--mountpoint {config.mountpoint}: {record.image} is there, and waits for a daemon; give "
@@ -212,7 +227,7 @@ class Mount:
         return plan
 
     async def _clear(
-        self, plan: Plan, state: MountState, nbd: NetlinkConnector, mountpoint: Mountpoint
+        self, plan: Plan, state: MountState, made_by: IDeviceConnector | None, mountpoint: Mountpoint
     ) -> None:
         """Take away what is of no use."""
         assert state.before is not None or plan is AFRESH
@@ -222,7 +237,8 @@ class Mount:
             if step is Step.UNMOUNT:
                 await mountpoint.unmount(lazy=True)
             elif step is Step.DISCONNECT and self._devices.on(plan.device) is None:
-                await nbd.disconnect(plan.device)
+                assert made_by is not None
+                await made_by.disconnect(plan.device)
         if not plan.adopts:
             config = self.config
             state.update(image=str(config.image.reference), options=config.typed, boot=boot_id(), **NOTHING)
@@ -302,8 +318,10 @@ class Mount:
         if self._leaves:
             await self._devices.leave(served)
             return
-        await self._devices.give_back(served)
-        state.note(**NOTHING)
+        if await self._devices.give_back(served):
+            state.note(**NOTHING)
+        else:
+            self._leaves = True
 
     async def _remove_directory(self, mountpoint: Mountpoint, state: MountState) -> None:
         if self._leaves:

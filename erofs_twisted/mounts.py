@@ -19,6 +19,7 @@ from erofs_twisted import __version__
 from erofs_twisted.control.errors import CallError, MountedOtherwise, NoSuchMount
 from erofs_twisted.devices import Devices
 from erofs_twisted.errors import ErofsTwistedError, MountError
+from erofs_twisted.handover import Handover
 from erofs_twisted.interfaces import IMounts
 from erofs_twisted.mounting import Mount
 from erofs_twisted.options import OPTIONS, MountConfig, read_mount_config
@@ -99,12 +100,14 @@ class Mounts:
         state_dir: Path,
         lines: RecentLines,
         begin_upgrade: Callable[[], object] = lambda: None,
+        handover: Handover | None = None,
     ) -> None:
         self._reactor = reactor
         self._defaults = {**defaults, "state-dir": str(state_dir)}
         self._state_dir = state_dir
         self._lines = lines
-        self.devices = Devices(reactor)
+        self._before = Handover() if handover is None else handover
+        self.devices = Devices(reactor, self._before.devices)
         self._running: dict[str, _Running] = {}
         self._restoring: dict[str, Deferred[None]] = {}
         self._began = reactor.seconds()
@@ -142,12 +145,6 @@ class Mounts:
 
     def upgrade(self) -> None:
         """As `IMounts.upgrade`."""
-        for path, running in self._running.items():
-            served = running.mount.served
-            if served is not None and served.backend != "nbd":
-                raise MountError(
-                    f"{path} is mounted by nbdfuse, which outlives no daemon: unmount it before an upgrade"
-                )
         self._reactor.callLater(0, self._begin_upgrade)
 
     def mounts(self) -> Any:
@@ -179,7 +176,7 @@ class Mounts:
         found = [
             record
             for record in Journal(self._state_dir).records()
-            if record.service and (record.pid == os.getpid() or not daemon_runs(record))
+            if record.service and (record.pid in (os.getpid(), self._before.pid) or not daemon_runs(record))
         ]
         for record in found:
             restoring = Deferred.fromCoroutine(self._restore(record))
@@ -202,17 +199,14 @@ class Mounts:
     async def leave(self) -> None:
         """End, and leave all mounts and devices to the next daemon, those that are about to come up too."""
         self._is_closing = True
+        self.devices.leave_what_is_held()
         for running in list(self._running.values()):
             await running.when_settled()
         for restoring in list(self._restoring.values()):
             restoring.cancel()
         ends = [running.when_ended() for running in self._running.values()]
-        for path, running in list(self._running.items()):
-            if running.mount.served is not None and running.mount.served.backend == "nbd":
-                running.mount.leave()
-            else:
-                self.log.warn("{path} cannot be left to another daemon, and is unmounted", path=path)
-                running.mount.request_stop()
+        for running in list(self._running.values()):
+            running.mount.leave()
         for end in ends:
             await end
 

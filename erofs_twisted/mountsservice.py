@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import socket
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,19 +15,21 @@ from twisted.logger import Logger, globalLogPublisher
 
 from erofs_twisted.control import SOCKET
 from erofs_twisted.control.server import site
-from erofs_twisted.errors import ErofsTwistedError, MountError
+from erofs_twisted.errors import ErofsTwistedError
+from erofs_twisted.handover import Handover
 from erofs_twisted.mounts import Mounts
 from erofs_twisted.ownerport import OwnerPort
-from erofs_twisted.process import ExitStatus, on_stop_signal, on_upgrade_signal, resume_collections
+from erofs_twisted.process import ExitStatus, on_stop_signal, resume_collections
 from erofs_twisted.recentlines import RecentLines
+from erofs_twisted.succession import Lines, Succession
 from erofs_twisted.watchdog import Watchdog
 
 
 class MountsService(Service):
     """Mounts what is asked for on a control socket, until told to stop; first of all what an earlier one had.
 
-    ``defaults`` are options for all mounts. The socket is in ``state_dir``, or ``inherited`` is the number of
-    a descriptor that listens already.
+    ``defaults`` are options for all mounts. The socket is in ``state_dir``, or ``inherited`` is one that
+    somebody else has made, and listens already.
     """
 
     log = Logger()
@@ -39,13 +40,16 @@ class MountsService(Service):
         defaults: Mapping[str, str | bool],
         state_dir: Path,
         exit_status: ExitStatus,
-        inherited: int | None = None,
+        inherited: socket.socket | None = None,
+        lines: Lines | None = None,
     ) -> None:
         self._reactor = reactor
         self._defaults = defaults
         self._state_dir = state_dir
         self._exit_status = exit_status
         self._inherited = inherited
+        self._succession = Succession(reactor, exit_status, lines or Lines())
+        self._is_stopping = False
         self._notify = sdnotify.SystemdNotifier().notify
         self._mounts: Mounts | None = None
         self._watchdog: Watchdog | None = None
@@ -54,8 +58,8 @@ class MountsService(Service):
     def startService(self) -> None:
         super().startService()  # type: ignore[no-untyped-call]
         on_stop_signal(self._reactor, self.request_stop)
-        on_upgrade_signal(self._reactor, self._take_signal)
-        self._reactor.callWhenRunning(self._begin)
+        self._succession.watch(self._leave)
+        self._reactor.callWhenRunning(lambda: Deferred.fromCoroutine(self._begin()))
 
     def stopService(self) -> Deferred[None] | None:
         """Where the reactor ends by another's doing: mounts in use are unmounted lazily."""
@@ -73,45 +77,40 @@ class MountsService(Service):
         """Unmount all, and end then. A second request unmounts lazily what is still in use."""
         self.log.info("stopping: {why}", why=why)
         self._notify("STOPPING=1")
+        self._is_stopping = True
+        self._succession.cancel()
         if self._mounts is None:
-            self._reactor.stop()
-        elif self._ending is None:
+            return
+        if self._ending is None:
             self._ending = Deferred.fromCoroutine(self._end(self._mounts))
         else:
             _ = Deferred.fromCoroutine(self._mounts.close())
 
-    def _take_signal(self) -> None:
-        """From the parent, which is what is installed now, or from a person."""
-        try:
-            if self._exit_status.is_supervised:
-                self._upgrade()
-            elif self._mounts is not None:
-                self._mounts.upgrade()
-        except MountError as error:
-            self.log.error("no upgrade: {reason}", reason=str(error))
-
-    def _ask_parent(self) -> None:
-        """To be what is installed now first, while this daemon goes on."""
-        os.kill(os.getppid(), signal.SIGUSR2)
-
-    def _upgrade(self) -> None:
-        """Go on as the program that is installed now, with the same mounts."""
+    def _leave(self) -> None:
+        """End, and leave all to the next daemon."""
         if self._mounts is not None and self._ending is None:
-            self._exit_status.is_again = True
-            self._ending = Deferred.fromCoroutine(self._leave(self._mounts))
+            self._ending = Deferred.fromCoroutine(self._hand_over(self._mounts))
 
-    async def _leave(self, mounts: Mounts) -> None:
+    async def _hand_over(self, mounts: Mounts) -> None:
         self.log.info("leaving all mounts to the program that is installed now")
         await mounts.leave()
+        port = self._port.hand_over() if self._inherited is None else None
+        await self._succession.give(mounts.devices.pool, Handover(os.getpid(), mounts.devices.handed, port))
         await self._finish(mounts)
 
-    def _begin(self) -> None:
+    async def _begin(self) -> None:
+        handover = await self._succession.take()
+        if self._is_stopping and not handover.pid:
+            if self.running:
+                self._reactor.stop()
+            return
         lines = RecentLines()
         globalLogPublisher.addObserver(lines)
-        begin = self._upgrade if not self._exit_status.is_supervised else self._ask_parent
-        mounts = Mounts(self._reactor, self._defaults, self._state_dir, lines, begin)
+        mounts = Mounts(
+            self._reactor, self._defaults, self._state_dir, lines, self._succession.upgrade, handover
+        )
         try:
-            self._listen(mounts)
+            self._listen(mounts, handover.port)
         except (ErofsTwistedError, OSError) as error:
             self.log.critical("--state-dir {directory}: {reason}", directory=self._state_dir, reason=error)
             self._exit_status.status = 1
@@ -131,13 +130,19 @@ class MountsService(Service):
             socket=self._state_dir / SOCKET,
             count=restored,
         )
+        if self._is_stopping:
+            self.request_stop("told so before")
 
-    def _listen(self, mounts: Mounts) -> None:
-        if self._inherited is not None:
-            self._port = self._reactor.adoptStreamPort(self._inherited, socket.AF_UNIX, site(mounts))
-            return
-        self._state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._port = OwnerPort(str(self._state_dir / SOCKET), site(mounts), self._reactor)
+    def _listen(self, mounts: Mounts, handed: socket.socket | None) -> None:
+        listening = handed if self._inherited is None else self._inherited
+        if listening is not None:
+            # A duplicate: the one that was inherited stays, for what is begun anew.
+            self._port = OwnerPort.adopt(
+                listening, site(mounts), self._reactor, owns_file=self._inherited is None
+            )
+        else:
+            self._state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._port = OwnerPort(str(self._state_dir / SOCKET), site(mounts), self._reactor)
         self._port.startListening()
 
     async def _end(self, mounts: Mounts) -> None:

@@ -24,13 +24,36 @@ class OwnerPort(unix.Port):
     """Listens at ``path``, mode 0600 from the first moment.
 
     ``startListening`` replaces a socket file that nobody listens on any more, and raises `SocketInUse` for
-    any other file. The file is removed at the end, unless it was replaced by another's meanwhile.
+    any other file. The file is removed at the end, unless it was replaced by another's meanwhile, or is
+    not ours to remove.
     """
 
     def __init__(self, path: str, factory: IProtocolFactory, reactor: Any) -> None:
         super().__init__(os.fsencode(path), factory, mode=OWNER_ONLY, reactor=reactor)
         self._path = path
         self._identity: tuple[int, int] | None = None
+
+    @classmethod
+    def adopt(
+        cls, listening: socket.socket, factory: IProtocolFactory, reactor: Any, *, owns_file: bool
+    ) -> OwnerPort:
+        """One of a socket that listens already; it is duplicated. ``owns_file`` says whether the file is to
+        be removed at the end."""
+        port: OwnerPort = cls._fromListeningDescriptor(  # type: ignore[no-untyped-call]
+            reactor, listening.fileno(), factory
+        )
+        if owns_file:
+            port._identity = _identity(port._path)
+        else:
+            port._shouldShutdown = False  # others go on to listen on it
+        return port
+
+    def hand_over(self) -> socket.socket:
+        """The socket for another process, which is to `adopt` it and owns the file from now on."""
+        self._identity = None
+        self._shouldShutdown = False
+        handed: socket.socket = self.socket.dup()
+        return handed
 
     def createInternetSocket(self) -> socket.socket:
         made: socket.socket = super().createInternetSocket()  # type: ignore[no-untyped-call]
@@ -40,9 +63,12 @@ class OwnerPort(unix.Port):
         return made
 
     def startListening(self) -> None:
-        _remove_stale(self._path)
+        is_adopted = self._preexistingSocket is not None
+        if not is_adopted:
+            _remove_stale(self._path)
         super().startListening()  # type: ignore[no-untyped-call]
-        self._identity = _identity(self._path)
+        if not is_adopted:
+            self._identity = _identity(self._path)
 
     def connectionLost(self, reason: Failure) -> None:
         if self._identity is not None and _identity(self._path) == self._identity:

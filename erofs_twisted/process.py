@@ -8,6 +8,7 @@ import gc
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -64,20 +65,25 @@ def on_stop_signal(reactor: Any, stop: Callable[[str], None]) -> None:
 
 
 AGAIN = 75
-"""The status of a daemon whose parent is to start the next one at once."""
+"""The status of a daemon that has given all it had to the next one, or to whom its parent starts now."""
+
+BEFORE = "EROFS_NBD_BEFORE"
+"""In the environment of a process that has begun anew: the daemon that it was, or whose parent it is, and the
+descriptor of the line to that."""
 
 
 @attrs.define
 class ExitStatus:
     """The exit status of a process that ends by leaving twistd, which itself always means 0.
 
-    With ``is_again`` it ends by beginning anew, as the program that is installed now; where a parent
-    supervises it, that has done so, and is told by the status `AGAIN`.
+    With ``is_again`` it ends by beginning anew, as the program that is installed now, which has ``line`` to
+    read from; where a parent supervises it, that has done so, and is told by the status `AGAIN`.
     """
 
     status: int = 0
     is_again: bool = False
     is_supervised: bool = False
+    line: socket.socket | None = None
 
     def install(self) -> None:
         """Call early: exit functions run last in, first out, and this one skips those before it."""
@@ -89,13 +95,27 @@ class ExitStatus:
         sys.stdout.flush()
         sys.stderr.flush()
         if self.is_again and not self.is_supervised:
-            begin_anew()
+            assert self.line is not None
+            begin_anew(os.getpid(), self.line)
         os._exit(AGAIN if self.is_again else self.status)
 
 
-def begin_anew() -> NoReturn:
-    """Replace this process by its own command, as that is installed now."""
+def begin_anew(daemon: int, line: socket.socket) -> NoReturn:
+    """Replace this process by its own command, as that is installed now: there it has `begun_anew`."""
+    line.set_inheritable(True)
+    os.environ[BEFORE] = f"{daemon}:{line.fileno()}"
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def begun_anew() -> tuple[int, socket.socket] | None:
+    """The daemon before, and the line to it; None where this process has not begun anew."""
+    before = os.environ.pop(BEFORE, "")
+    if not before:
+        return None
+    daemon, descriptor = map(int, before.split(":"))
+    line = socket.socket(fileno=descriptor)
+    line.set_inheritable(False)
+    return daemon, line
 
 
 def raise_file_limit() -> None:

@@ -69,7 +69,8 @@ async def look_at(
 
 async def _look_at(reactor: Any, pool: ThreadPool, record: MountRecord) -> Orphan:
     mountpoint = Mountpoint(reactor, pool, record.mountpoint)
-    return Orphan(record, await plan_for(record, NetlinkConnector(reactor, pool), mountpoint))
+    connector = NetlinkConnector(reactor, pool) if record.backend == "nbd" else None
+    return Orphan(record, await plan_for(record, connector, mountpoint))
 
 
 def start(journal: Journal, record: MountRecord, more: Mapping[str, str], timeout: float) -> None:

@@ -11,9 +11,11 @@ from twisted.internet.defer import Deferred
 from twisted.logger import Logger
 
 from erofs_twisted.devices import Devices
+from erofs_twisted.handover import Handover
 from erofs_twisted.mounting import Mount
 from erofs_twisted.options import MountConfig
-from erofs_twisted.process import ExitStatus, on_stop_signal, on_upgrade_signal, resume_collections
+from erofs_twisted.process import ExitStatus, on_stop_signal, resume_collections
+from erofs_twisted.succession import Lines, Succession
 from erofs_twisted.watchdog import Watchdog
 
 
@@ -23,18 +25,23 @@ class MountService(Service):
 
     log = Logger()
 
-    def __init__(self, reactor: Any, config: MountConfig, exit_status: ExitStatus) -> None:
+    def __init__(
+        self, reactor: Any, config: MountConfig, exit_status: ExitStatus, lines: Lines | None = None
+    ) -> None:
         self._reactor = reactor
         self._exit_status = exit_status
+        self._succession = Succession(reactor, exit_status, lines or Lines())
         self._notify = sdnotify.SystemdNotifier().notify
         self._config = config
         self._life: Deferred[None] | None = None
+        self._devices: Devices | None = None
+        self._is_stopping = False
         self.mount: Mount | None = None
 
     def startService(self) -> None:
         super().startService()  # type: ignore[no-untyped-call]
         on_stop_signal(self._reactor, self.request_stop)
-        on_upgrade_signal(self._reactor, self.upgrade)
+        self._succession.watch(self.leave)
         self._reactor.callWhenRunning(self._begin)
 
     def stopService(self) -> Deferred[None] | None:
@@ -53,31 +60,43 @@ class MountService(Service):
         """End in good order. A second request unmounts lazily what is still in use."""
         self.log.info("stopping: {why}", why=why)
         self._notify("STOPPING=1")
+        self._is_stopping = True
+        self._succession.cancel()
         if self.mount is not None:
             self.mount.request_stop()
 
-    def upgrade(self) -> None:
-        """Go on as the program that is installed now, with the same mount, where that can be left."""
-        served = None if self.mount is None else self.mount.served
-        if self.mount is None or served is None or not self.mount.ready.called or served.backend != "nbd":
-            self.log.error("no upgrade: only a mount that is up, by nbd, can be left to another daemon")
+    def leave(self) -> None:
+        """End, and leave the mount to the next daemon: now, or as soon as it is up."""
+        if self.mount is None or self._devices is None:
             return
-        self._exit_status.is_again = True
-        self.mount.leave()
+        if self.mount.ready.called:
+            self._devices.leave_what_is_held()
+            self.mount.leave()
+        else:
+            _ = self.mount.ready.addCallback(lambda _: self.leave())
 
     def _begin(self) -> None:
         self._life = Deferred.fromCoroutine(self._live())
 
     async def _live(self) -> None:
-        devices = Devices(self._reactor)
+        handover = await self._succession.take()
+        if self._is_stopping and not handover.pid:
+            self._end()
+            return
+        devices = self._devices = Devices(self._reactor, handover.devices)
         self.mount = Mount(self._reactor, self._config, devices)
         _ = self.mount.ready.addCallback(self._say_ready)
         watchdog = Watchdog(self._reactor, devices.pool, devices.all, self._notify)
         watchdog.start(os.environ)
         failure = await self.mount.live()
         watchdog.stop()
+        if self.mount.has_left:
+            await self._succession.give(devices.pool, Handover(os.getpid(), devices.handed))
         await devices.close()
         self._exit_status.status = 0 if failure is None else 1
+        self._end()
+
+    def _end(self) -> None:
         if self.running:
             self._reactor.stop()
 

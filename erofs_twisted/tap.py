@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import sys
 
 from twisted.application.service import IService
@@ -17,7 +18,13 @@ from erofs_twisted.options import (
     read_mount_config,
     read_service_config,
 )
-from erofs_twisted.process import ExitStatus, conceal_arguments, put_off_collections, raise_file_limit
+from erofs_twisted.process import (
+    ExitStatus,
+    begun_anew,
+    conceal_arguments,
+    put_off_collections,
+    raise_file_limit,
+)
 
 
 class Options(usage.Options):
@@ -90,18 +97,26 @@ def makeService(options: Options) -> IService:
         pidfile = "" if twistd is None else twistd["pidfile"] or ""
         if twistd is not None:
             twistd["pidfile"] = ""
-        supervise("erofs_twisted.service" if is_one else "erofs_twisted.mountsservice", pidfile)
+        before, after = supervise(
+            "erofs_twisted.service" if is_one else "erofs_twisted.mountsservice", pidfile
+        )
+    else:
+        begun = begun_anew()
+        before, after = None if begun is None else begun[1], None
     from twisted.internet import reactor
 
+    from erofs_twisted.succession import Lines
+
+    lines = Lines(before, after)
     exit_status = ExitStatus(is_supervised=bool(options["supervise"]))
     exit_status.install()
     if isinstance(config, MountConfig):
         from erofs_twisted.service import MountService
 
-        return MountService(reactor, config, exit_status)
+        return MountService(reactor, config, exit_status, lines)
     from erofs_twisted.mountsservice import MountsService
 
-    inherited = ListenFDs.fromEnvironment().inheritedDescriptors()
+    inherited = [socket.socket(fileno=each) for each in ListenFDs.fromEnvironment().inheritedDescriptors()]
     return MountsService(
-        reactor, config.defaults, config.state_dir, exit_status, inherited[0] if inherited else None
+        reactor, config.defaults, config.state_dir, exit_status, next(iter(inherited), None), lines
     )

@@ -9,11 +9,13 @@ import os
 import platform
 import tempfile
 import time
+from collections.abc import Mapping, MutableMapping
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
-from twisted.internet.defer import CancelledError, Deferred, TimeoutError, fail, maybeDeferred, succeed
+import attrs
+from twisted.internet.defer import CancelledError, Deferred, TimeoutError, maybeDeferred
 from twisted.logger import Logger
 from twisted.python.threadpool import ThreadPool
 from zope.interface import implementer
@@ -22,7 +24,14 @@ from erofs_twisted.device.loop import LoopDevice, open_loop
 from erofs_twisted.device.machine import knows_filesystem, load_module, may_administer
 from erofs_twisted.device.nbdfuse import NBDFuse, missing_programs
 from erofs_twisted.errors import MountError
-from erofs_twisted.interfaces import Connected, IBlockDevice, IDeviceConnector, IExport, INBDServer
+from erofs_twisted.interfaces import (
+    Connected,
+    HandedDevice,
+    IBlockDevice,
+    IDeviceConnector,
+    IExport,
+    INBDServer,
+)
 from erofs_twisted.syscalls import MNT_EXPIRE, UMOUNT_NOFOLLOW, in_thread, in_thread_to_its_end, mount, umount
 
 BLOCK_SIZE = 4096
@@ -31,36 +40,122 @@ PREFIX = "fuse-"
 NOT_MOUNTED = (errno.EINVAL, errno.ENOENT)
 """What umount2(2) says of a file that is no mount point, or is not there."""
 
+DIRECTORY, LOCK, LOOP = "directory", "lock", "loop"
+"""What another process is told of a device, and has open of it, by these names."""
+
 POLL = 0.02
 PATIENCE = 10.0
 """Seconds: for nbdfuse to show the file, and for the kernel to let go of it."""
+
+
+@attrs.frozen(kw_only=True)
+class _Left:
+    """What there is of a device beside its program: its directory, the descriptor that locks that, and the
+    loop device where there is one."""
+
+    directory: Path
+    lock: int
+    loop: LoopDevice | None
+
+    @property
+    def file(self) -> str:
+        return str(self.directory / "image")
+
+    @property
+    def path(self) -> str:
+        return self.file if self.loop is None else self.loop.path
+
+    def handed(self, files: Mapping[str, int]) -> HandedDevice:
+        """For another process; ``files`` are those of the program."""
+        loop = {} if self.loop is None else {LOOP: self.loop.descriptor}
+        return HandedDevice(
+            path=self.path, facts={DIRECTORY: str(self.directory)}, files={LOCK: self.lock, **loop, **files}
+        )
+
+    @classmethod
+    def of(cls, device: HandedDevice) -> _Left:
+        """What `handed` said."""
+        loop = device.files.get(LOOP)
+        return cls(
+            directory=Path(device.facts[DIRECTORY]),
+            lock=device.files[LOCK],
+            loop=None if loop is None else LoopDevice(device.path, loop),
+        )
 
 
 @implementer(IDeviceConnector)
 class FuseConnector:
     """The ``fuse`` back end. Each device has a private directory of its own in ``runtime_dir``.
 
-    nbdfuse outlives a daemon that is killed, and serves nobody any more: the next one here ends it.
+    nbdfuse outlives a daemon that is killed, and serves nobody any more: the next one here ends it. One
+    whose daemon has given it up in good order goes on: ``handed`` are such devices, by their paths; what is
+    adopted is taken out.
     """
 
     name = "fuse"
 
-    def __init__(self, reactor: Any, pool: ThreadPool, runtime_dir: str) -> None:
+    def __init__(
+        self,
+        reactor: Any,
+        pool: ThreadPool,
+        runtime_dir: str,
+        handed: MutableMapping[str, HandedDevice] | None = None,
+    ) -> None:
         self._reactor = reactor
         self._pool = pool
         self._runtime_dir = runtime_dir
+        self._handed = {} if handed is None else handed
 
     def check(self) -> Deferred[None]:
         return Deferred.fromCoroutine(in_thread(self._reactor, self._pool, _check))
 
     def connected(self, identifier: str) -> Deferred[list[Connected]]:
-        """None: nbdfuse does not outlive its server, and who reads its file gets errors from then on."""
-        return succeed([])
+        """Those that were handed over: nbdfuse does not outlive a server that is killed, and who reads its
+        file gets errors from then on."""
+        return Deferred.fromCoroutine(self._connected(identifier))
+
+    async def _connected(self, identifier: str) -> list[Connected]:
+        found = []
+        for path, device in self._handed.items():
+            if device.identifier == identifier and LOCK in device.files:
+                left = _Left.of(device)
+                is_held = await in_thread(self._reactor, self._pool, _is_held, left.file, left.loop)
+                found.append(Connected(path=path, size=device.size, identifier=identifier, is_held=is_held))
+        return found
 
     def adopt(
         self, path: str, export: IExport, server: INBDServer, identifier: str
     ) -> Deferred[IBlockDevice]:
-        return fail(MountError(f"{path} is nbdfuse's, which outlives no server"))
+        return Deferred.fromCoroutine(self._adopt(path, export, server))
+
+    async def _adopt(self, path: str, export: IExport, server: INBDServer) -> IBlockDevice:
+        handed = self._handed.pop(path)
+        device = self._go_on(handed)
+        for connection in handed.connections:
+            _ = server.go_on(connection, export)
+        return device
+
+    def disconnect(self, path: str) -> Deferred[None]:
+        return Deferred.fromCoroutine(self._disconnect(path))
+
+    async def _disconnect(self, path: str) -> None:
+        handed = self._handed.pop(path)
+        await self._go_on(handed).detach()
+        for connection in handed.connections:
+            connection.sock.close()
+
+    def _go_on(self, handed: HandedDevice) -> FuseDevice:
+        left = _Left.of(handed)
+        program = NBDFuse(self._reactor)
+        undo = AsyncExitStack()
+        undo.callback(_remove_directory, left.directory)
+        undo.callback(os.close, left.lock)
+        undo.push_async_callback(program.end)
+        undo.push_async_callback(in_thread_to_its_end, self._reactor, self._pool, _unmount, left.file)
+        if left.loop is not None:
+            undo.callback(os.close, left.loop.descriptor)
+        program.go_on(handed.files)
+        return FuseDevice(self._reactor, self._pool, left, program, undo)
 
     def attach(
         self, export: IExport, server: INBDServer, identifier: str | None = None
@@ -70,7 +165,7 @@ class FuseConnector:
     async def _attach(self, export: IExport, server: INBDServer) -> IBlockDevice:
         await in_thread(self._reactor, self._pool, clear_away, self._runtime_dir)
         async with AsyncExitStack() as undo:
-            directory = self._make_directory(undo)
+            directory, lock = self._make_directory(undo)
             socket, file = str(directory / "socket"), str(directory / "image")
             port = await server.listen(socket, [export])
             undo.push_async_callback(maybeDeferred, port.stopListening)
@@ -86,20 +181,22 @@ class FuseConnector:
                 undo.callback(os.close, loop.descriptor)
             if cancelled:
                 raise CancelledError()
-            return FuseDevice(self._reactor, self._pool, file, loop, program, undo.pop_all())
+            left = _Left(directory=directory, lock=lock, loop=loop)
+            return FuseDevice(self._reactor, self._pool, left, program, undo.pop_all())
         raise AssertionError("an exit stack swallows no exception")
 
-    def _make_directory(self, undo: AsyncExitStack) -> Path:
+    def _make_directory(self, undo: AsyncExitStack) -> tuple[Path, int]:
         os.makedirs(self._runtime_dir, mode=0o700, exist_ok=True)
         directory = Path(tempfile.mkdtemp(prefix=PREFIX, dir=self._runtime_dir))
         undo.callback(_remove_directory, directory)
-        undo.callback(os.close, _lock(directory))
+        lock = _lock(directory)
+        undo.callback(os.close, lock)
         (directory / "image").touch(mode=0o400)
         if len(os.fsencode(directory / "socket")) > LONGEST_SOCKET_PATH:
             raise MountError(
                 f"{directory} is too long a path for a UNIX socket in it: take a shorter --state-dir"
             )
-        return directory
+        return directory, lock
 
     async def _until_ready(self, program: NBDFuse) -> None:
         try:
@@ -118,26 +215,28 @@ class FuseDevice:
         self,
         reactor: Any,
         pool: ThreadPool,
-        file: str,
-        loop: LoopDevice | None,
+        left: _Left,
         program: NBDFuse,
         undo: AsyncExitStack,
     ) -> None:
-        self.path = file if loop is None else loop.path
+        self.path = left.path
         self.lost: Deferred[None] = Deferred()
         self._reactor = reactor
         self._pool = pool
-        self._file = file
-        self._loop = loop
+        self._left = left
+        self._program = program
         self._undo = undo
         self._detaching = False
         self._ended = program.when_ended().addCallback(self._program_ended)
 
     def is_held(self) -> Deferred[bool]:
-        return Deferred.fromCoroutine(in_thread(self._reactor, self._pool, _is_held, self._file, self._loop))
+        left = self._left
+        return Deferred.fromCoroutine(in_thread(self._reactor, self._pool, _is_held, left.file, left.loop))
 
-    def leave(self) -> None:
-        raise MountError(f"{self.path} is nbdfuse's, which outlives no server")
+    def leave(self) -> HandedDevice:
+        handed = self._left.handed(self._program.files())
+        self._detaching = True
+        return handed
 
     def detach(self) -> Deferred[None]:
         return Deferred.fromCoroutine(self._detach())

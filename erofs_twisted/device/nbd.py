@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import MutableMapping
 from typing import Any
 
+import attrs
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.defer import TimeoutError as TimedOut
 from twisted.logger import Logger
@@ -15,7 +17,14 @@ from erofs_twisted.device.driver import Attached, NBDDriver
 from erofs_twisted.device.settings import NBDSettings
 from erofs_twisted.device.uapi import NBD_FLAG_HAS_FLAGS, NBD_FLAG_READ_ONLY, Connection
 from erofs_twisted.errors import MountError
-from erofs_twisted.interfaces import Connected, IBlockDevice, IDeviceConnector, IExport, INBDServer
+from erofs_twisted.interfaces import (
+    Connected,
+    HandedDevice,
+    IBlockDevice,
+    IDeviceConnector,
+    IExport,
+    INBDServer,
+)
 from erofs_twisted.syscalls import in_thread, in_thread_to_its_end
 
 BLOCK_SIZE = 4096
@@ -27,7 +36,8 @@ PATIENCE = 10.0
 
 @implementer(IDeviceConnector)
 class NetlinkConnector:
-    """The ``nbd`` back end: one socket pair a device, its other end in the kernel's hands."""
+    """The ``nbd`` back end: one socket pair a device, its other end in the kernel's hands. ``handed`` are
+    devices that another process has given to this one, by their paths; it takes out what it adopts."""
 
     name = "nbd"
 
@@ -37,11 +47,13 @@ class NetlinkConnector:
         pool: ThreadPool,
         settings: NBDSettings | None = None,
         driver: NBDDriver | None = None,
+        handed: MutableMapping[str, HandedDevice] | None = None,
     ) -> None:
         self._reactor = reactor
         self._pool = pool
         self._settings = settings or NBDSettings()
         self._driver = NBDDriver() if driver is None else driver
+        self._handed = {} if handed is None else handed
 
     def check(self) -> Deferred[None]:
         return Deferred.fromCoroutine(in_thread(self._reactor, self._pool, self._driver.check))
@@ -62,14 +74,24 @@ class NetlinkConnector:
         return Deferred.fromCoroutine(self._adopt(path, export, server, identifier))
 
     def disconnect(self, path: str) -> Deferred[None]:
-        """Take away a device that nobody serves or uses. Fails with `MountError`."""
-
         def disconnect() -> None:
             self._driver.detach(self._driver.find(path))
 
         return Deferred.fromCoroutine(in_thread(self._reactor, self._pool, disconnect))
 
     async def _adopt(self, path: str, export: IExport, server: INBDServer, identifier: str) -> IBlockDevice:
+        handed = self._handed.pop(path, None)
+        if handed is not None and handed.connections:
+            attached = await in_thread(self._reactor, self._pool, self._driver.find, path)
+            attached = attrs.evolve(attached, made_node=handed.facts["made_node"])
+            (connection,) = handed.connections
+            disconnected = server.go_on(connection, export)
+            return NBDDevice(self._reactor, self._pool, self._driver, attached, disconnected)
+        return await self._reconnect(path, export, server, identifier)
+
+    async def _reconnect(
+        self, path: str, export: IExport, server: INBDServer, identifier: str
+    ) -> IBlockDevice:
         deadline = self._reactor.seconds() + PATIENCE
         while True:
             ours, kernels = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -164,8 +186,9 @@ class NBDDevice:
             in_thread(self._reactor, self._pool, self._driver.is_held, self._attached)
         )
 
-    def leave(self) -> None:
+    def leave(self) -> HandedDevice:
         self._detaching = True
+        return HandedDevice(path=self.path, facts={"made_node": self._attached.made_node})
 
     def detach(self) -> Deferred[None]:
         return Deferred.fromCoroutine(self._detach())

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
+import signal
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from twisted.internet.abstract import FileDescriptor
 from twisted.internet.defer import Deferred, TimeoutError
 from twisted.internet.error import ProcessExitedAlready
+from twisted.internet.main import CONNECTION_DONE
 from twisted.internet.protocol import ProcessProtocol
 from twisted.logger import Logger
 from twisted.python.failure import Failure
@@ -23,6 +28,8 @@ PATIENCE = 5.0
 """Seconds that nbdfuse has to end, before it is told again and more firmly."""
 
 LINE_LIMIT = 4096
+PROCESS, OUTPUTS = "process", ("stdout", "stderr")
+"""What there is of one that another process has started: a pidfd (pidfd_open(2)), and its output."""
 
 
 def missing_programs() -> list[str]:
@@ -41,6 +48,7 @@ class NBDFuse(ProcessProtocol):
         self._output = b""
         self._last_words = ""
         self._has_ended = False
+        self._process = -1
         self._waiting: list[Deferred[None]] = []
 
     def start(self, socket: str, file: str) -> None:
@@ -58,6 +66,24 @@ class NBDFuse(ProcessProtocol):
             childFDs={0: "w", 1: "r", 2: "r", READY: "r"},
         )
 
+    def go_on(self, files: Mapping[str, int]) -> None:
+        """Watch one that another process has started, and whose `files` those are."""
+        self._process = files[PROCESS]
+        self.ready.callback(None)
+        _Reader(self._reactor, self._process, self._adopted_ended)
+        for name in OUTPUTS:
+            _Reader(self._reactor, files[name], self._read_output(files[name]))
+
+    def files(self) -> dict[str, int]:
+        """What another process has to have open to `go_on` with this one. Raises `MountError`."""
+        transport: Any = self.transport
+        try:
+            process = os.pidfd_open(transport.pid)
+        except OSError as error:
+            raise MountError(f"nbdfuse cannot be handed over: {error.strerror}") from error
+        outputs = {name: transport.pipes[number].fd for number, name in enumerate(OUTPUTS, 1)}
+        return {PROCESS: process, **outputs}
+
     def when_ended(self) -> Deferred[None]:
         """A Deferred that fires with None when the process has ended; for each caller one of its own."""
         waiter: Deferred[None] = Deferred(self._waiting.remove)
@@ -69,14 +95,14 @@ class NBDFuse(ProcessProtocol):
     async def end(self) -> None:
         """Wait for the process to end, as it does when its file is unmounted; else terminate it, else kill
         it."""
-        for signal in ("TERM", "KILL", None):
+        for name in ("TERM", "KILL", None):
             try:
                 await self.when_ended().addTimeout(PATIENCE, self._reactor)
                 return
             except TimeoutError:
-                if signal is not None:
-                    self.log.warn("nbdfuse does not end: sending SIG{signal}", signal=signal)
-                    self._signal(signal)
+                if name is not None:
+                    self.log.warn("nbdfuse does not end: sending SIG{signal}", signal=name)
+                    self._signal(name)
         raise MountError(f"nbdfuse does not end; its last words: {self._last_words or 'none'}")
 
     def connectionMade(self) -> None:
@@ -104,9 +130,51 @@ class NBDFuse(ProcessProtocol):
         for waiter in waiting:
             waiter.callback(None)
 
+    def _adopted_ended(self) -> bool:
+        with contextlib.suppress(ChildProcessError):  # whose child it is depends on what became of its parent
+            os.waitid(os.P_PIDFD, self._process, os.WEXITED | os.WNOHANG)
+        self._has_ended = True
+        self._tell_waiting()
+        return False
+
+    def _read_output(self, descriptor: int) -> Callable[[], bool]:
+        def read() -> bool:
+            data = os.read(descriptor, LINE_LIMIT)
+            self.childDataReceived(descriptor, data)
+            return bool(data)
+
+        return read
+
     def _signal(self, name: str) -> None:
+        if self._process >= 0:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._process, signal.Signals[f"SIG{name}"])
+            return
         with contextlib.suppress(ProcessExitedAlready):
             self.transport.signalProcess(name)  # type: ignore[union-attr]
+
+
+class _Reader(FileDescriptor):
+    """Calls ``readable`` when there is something to read, until that returns False; then it closes the
+    descriptor."""
+
+    def __init__(self, reactor: Any, descriptor: int, readable: Callable[[], bool]) -> None:
+        super().__init__(reactor)
+        self._descriptor = descriptor
+        self._readable = readable
+        self.connected = 1
+        self.startReading()  # type: ignore[no-untyped-call]
+
+    def fileno(self) -> int:
+        return self._descriptor
+
+    def doRead(self) -> Exception | None:
+        return None if self._readable() else CONNECTION_DONE
+
+    def connectionLost(self, reason: Failure) -> None:
+        super().connectionLost(reason)  # type: ignore[no-untyped-call]
+        os.close(self._descriptor)
+        self._descriptor = -1
 
 
 def _find(program: str) -> str | None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import socket
+
 from twisted.internet.defer import Deferred
 from twisted.internet.protocol import Protocol, connectionDone
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
+from erofs_twisted.interfaces import HandedConnection
 from erofs_twisted.nbd.handshake import Agreed, Ended, Handshake
 from erofs_twisted.nbd.pages import DiskReaders
 from erofs_twisted.nbd.serving import Serving
@@ -25,6 +28,7 @@ class NBDServerProtocol(Protocol):
         self._opening = opening
         self._readers = readers
         self._serving: Serving | None = None
+        self._agreed: Agreed | None = None
         self._ended = False
         self._waiting: list[Deferred[None]] = []
 
@@ -55,6 +59,27 @@ class NBDServerProtocol(Protocol):
             self._serving.withdraw()
         else:
             self._lose_connection()
+
+    def hold(self) -> Deferred[None]:
+        """Take no more requests of a client that `is_serving`; a Deferred that fires when those under way
+        are answered. It may be cancelled."""
+        assert self._serving is not None
+        return self._serving.hold()
+
+    def hand_over(self) -> HandedConnection | None:
+        """After `hold`: the connection for somebody else to serve; to this protocol it is lost. None, and
+        nothing happens, where it is in no state for that."""
+        assert self._serving is not None and self._agreed is not None
+        if self._ended or (requests := self._serving.hand_over()) is None:
+            return None
+        sock: socket.socket = self.transport.release()  # type: ignore[union-attr]
+        self.connectionLost()
+        return HandedConnection(
+            sock=sock,
+            requests=requests,
+            structured=self._agreed.structured,
+            allocation=self._agreed.allocation,
+        )
 
     def abort(self) -> None:
         """Close at once, whatever is still to be sent."""
@@ -91,6 +116,7 @@ class NBDServerProtocol(Protocol):
             lost.callback(None)
 
     def _serve(self, agreed: Agreed) -> Serving:
+        self._agreed = agreed
         self._serving = Serving(
             agreed.export,
             self.transport,

@@ -11,7 +11,7 @@ from twisted.internet.interfaces import IAddress, IListeningPort
 from twisted.internet.protocol import Factory
 from zope.interface import implementer
 
-from erofs_twisted.interfaces import IExport, INBDServer
+from erofs_twisted.interfaces import HandedConnection, IExport, INBDServer
 from erofs_twisted.nbd.handshake import Agreed, Handshake
 from erofs_twisted.nbd.pages import DiskReaders
 from erofs_twisted.nbd.port import SpanPort
@@ -20,6 +20,9 @@ from erofs_twisted.nbd.transport import SpanTransport
 
 DRAIN = 5.0
 """Seconds that `NBDServer.stop` gives requests under way to be answered."""
+
+HOLD = 0.2
+"""Seconds that `NBDServer.hand_over` gives requests under way to be answered; then they are handed over."""
 
 CLOSE = 1.0
 """Seconds that `NBDServer.stop` gives clients to take the last replies."""
@@ -36,11 +39,18 @@ class NBDServer:
         self._readers = DiskReaders(reactor)
 
     def adopt(self, sock: socket.socket, export: IExport) -> Deferred[None]:
-        protocol = self._connection(Agreed(export, structured=False, allocation=False))
+        return self.go_on(HandedConnection(sock=sock), export)
+
+    def go_on(self, connection: HandedConnection, export: IExport) -> Deferred[None]:
+        """Serve ``export`` on a connection that another server has handed over; as `adopt` otherwise."""
+        agreed = Agreed(export, structured=connection.structured, allocation=connection.allocation)
+        protocol = self._connection(agreed)
         lost = protocol.when_lost()
         protocol.makeConnection(  # type: ignore[no-untyped-call]
-            SpanTransport(sock, protocol, reactor=self._reactor)
+            SpanTransport(connection.sock, protocol, reactor=self._reactor)
         )
+        if connection.requests:
+            protocol.dataReceived(connection.requests)
         return lost
 
     def listen(self, path: str, exports: Sequence[IExport]) -> Deferred[IListeningPort]:
@@ -51,6 +61,16 @@ class NBDServer:
         port.startListening()
         self._ports.append(port)
         return port
+
+    async def hand_over(self) -> list[HandedConnection]:
+        """Give the connections of the transmission phase up, for another server to `go_on` with; what cannot
+        be given is closed. Then `stop`."""
+        serving = [each for each in self._connections if each.is_serving]
+        held = DeferredList([each.hold() for each in serving], consumeErrors=True)
+        _ = held.addTimeout(HOLD, self._reactor, onTimeoutCancel=lambda result, timeout: None)
+        await held
+        handed = [each.hand_over() for each in serving]
+        return [each for each in handed if each is not None]
 
     async def stop(self, drain: float = DRAIN) -> None:
         """Listen no longer, refuse new requests, and close every connection.

@@ -14,7 +14,15 @@ from zope.interface import implementer
 from erofs_twisted.interfaces import FileSpan, IExport, Segment
 from erofs_twisted.nbd.errors import FramingLost, WireError, is_expected, wire_error, wire_message
 from erofs_twisted.nbd.pages import DiskReaders, Files
-from erofs_twisted.nbd.transmission import Answered, BlockStatus, Disconnect, Prefetch, Read, Transmission
+from erofs_twisted.nbd.transmission import (
+    Answered,
+    BlockStatus,
+    Disconnect,
+    Prefetch,
+    Read,
+    Transmission,
+    encode_request,
+)
 from erofs_twisted.nbd.transport import ISpanTransport, Sendable
 from erofs_twisted.nbd.wire import MAXIMUM_PAYLOAD
 
@@ -61,7 +69,7 @@ class Serving:
         self._transport = transport
         self._machine = Transmission(export.size, structured=structured, allocation=allocation)
         self._content_header = self._machine.replies.content
-        self._pending: dict[Deferred[Any], int] = {}
+        self._pending: dict[Deferred[Any], tuple[Read | Prefetch, int]] = {}
         self._pending_bytes = 0
         self._replies: list[Sendable] = []
         self._replies_bytes = 0
@@ -69,6 +77,7 @@ class Serving:
         self._paused = False
         self._reading = True
         self._draining = False
+        self._held: Deferred[None] | None = None
         self._over = False
         self._blocked = False
         self._write: Callable[[Sequence[Any]], None]
@@ -100,6 +109,30 @@ class Serving:
     def withdraw(self) -> None:
         """After `shut_down`: don't wait for the export any longer, refuse what is under way too."""
         self._cancel()
+
+    def hold(self) -> Deferred[None]:
+        """Take no more requests; a Deferred that fires when those under way are answered, and the client has
+        taken the replies. `hand_over` may follow."""
+        held: Deferred[None] = Deferred(lambda _: None)
+        self._held = held
+        if self._reading:
+            self._reading = False
+            self._transport.pauseProducing()
+        self._limit()
+        self._serve()
+        return held
+
+    def hand_over(self) -> bytes | None:
+        """After `hold`: the requests that are still to be answered, as the client sent them, for somebody
+        else to do that. Nothing more happens here then. None where it cannot be done: in the middle of a
+        request or of a reply, or where the client leaves."""
+        rest = self._machine.rest
+        if self._over or self._paused or self._draining or rest is None:
+            return None
+        requests = b"".join(encode_request(request) for request, _ in self._pending.values())
+        self._transport.unregisterProducer()
+        self.lost()
+        return requests + rest
 
     def pauseProducing(self) -> None:
         self._paused = self._blocked = True
@@ -133,8 +166,10 @@ class Serving:
             return
         if self._draining and not self._pending:
             self._finish()
-        else:
+        elif self._held is None:
             self._regulate_reading()
+        elif not self._pending and not self._paused and not self._held.called:
+            self._held.callback(None)
 
     def _take_requests(self) -> None:
         next_request = self._machine.next_request
@@ -225,9 +260,13 @@ class Serving:
             self._refuse(request, Failure(error))
 
     def _await(
-        self, deferred: Deferred[Any], request: Any, answer: Callable[[Any, Any], None], size: int
+        self,
+        deferred: Deferred[Any],
+        request: Read | Prefetch,
+        answer: Callable[[Any, Any], None],
+        size: int,
     ) -> None:
-        self._pending[deferred] = size
+        self._pending[deferred] = request, size
         self._pending_bytes += size
         self._limit()
         _ = deferred.addBoth(self._settled, deferred, request, answer)
@@ -235,7 +274,7 @@ class Serving:
     def _settled(
         self, result: Any, deferred: Deferred[Any], request: Any, answer: Callable[[Any, Any], None]
     ) -> None:
-        self._pending_bytes -= self._pending.pop(deferred)
+        self._pending_bytes -= self._pending.pop(deferred)[1]
         self._limit()
         if self._over:
             return
@@ -289,6 +328,7 @@ class Serving:
         self._blocked = (
             self._paused
             or self._over
+            or self._held is not None
             or len(self._pending) >= MAX_REQUESTS
             or self._pending_bytes >= MAX_BYTES
         )

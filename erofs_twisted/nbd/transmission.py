@@ -52,6 +52,12 @@ class Disconnect(NamedTuple):
 Request = Read | Prefetch | BlockStatus | Answered | Disconnect
 
 
+def encode_request(request: Read | Prefetch) -> bytes:
+    """A request as the client sent it, but for a flag that changes nothing of what a read is answered."""
+    command = Command.READ if isinstance(request, Read) else Command.CACHE
+    return REQUEST.pack(REQUEST_MAGIC, 0, command, request.cookie, request.offset, request.length)
+
+
 @attrs.frozen
 class _Rule:
     """What a command may look like, on an export that is read-only."""
@@ -102,6 +108,11 @@ class Transmission:
     def backlog(self) -> int:
         """Bytes that were fed and not yet taken as requests."""
         return len(self._buffer) - self._position
+
+    @property
+    def rest(self) -> bytes | None:
+        """What was fed and not yet taken; None where that is not where a request begins, or the end."""
+        return None if self._payload_left or self.ended else self._buffer[self._position :]
 
     def feed(self, data: bytes) -> None:
         """Take bytes from the client."""

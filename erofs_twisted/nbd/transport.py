@@ -157,6 +157,16 @@ class SpanTransport(FileDescriptor):
             self.socket.shutdown(socket.SHUT_WR)
         return None
 
+    def release(self) -> socket.socket:
+        """Give the socket up, to whoever goes on with it. Only while nothing is queued; the protocol is told
+        nothing."""
+        assert not self._queue and not self.disconnected
+        self._stop_bringing()
+        self.reactor.removeReader(self)
+        self.reactor.removeWriter(self)
+        self.connected, self.disconnected = 0, 1
+        return self.socket
+
     def abortConnection(self) -> None:
         """Lose the connection without sending what is still queued."""
         if self.disconnected or self._aborted:

@@ -64,13 +64,11 @@ def make_plan(record: MountRecord | None, seen: Seen) -> Plan:
     if record is None or record.boot != seen.boot:
         return AFRESH if record is None else Plan((Step.FORGET, Step.START))
     is_mounted = bool(seen.source) and (seen.source, seen.mount_id) == (record.device, record.mount_id)
-    if record.backend != "nbd":
-        # Nothing else outlives its server: a mount that is there cannot be read.
-        is_dead = is_mounted or _is_mounted_since(record, seen, record.device)
-        return Plan((Step.UNMOUNT, Step.START), record.device) if is_dead else AFRESH
     device = _device_of(record, seen.devices)
     if device is None:
-        return Plan((Step.UNMOUNT, Step.START), record.device) if is_mounted else AFRESH
+        # Where its device has no name of its own kind, as a file, none but ours can be mounted from that.
+        is_dead = is_mounted or (record.backend != "nbd" and _is_mounted_since(record, seen, record.device))
+        return Plan((Step.UNMOUNT, Step.START), record.device) if is_dead else AFRESH
     if is_mounted or _is_mounted_since(record, seen, device.path):
         return Plan((Step.ADOPT, Step.KEEP), device.path, seen.mount_id)
     if device.is_held:

@@ -15,7 +15,7 @@ from urllib.parse import quote
 from erofs_twisted.state.records import Status
 from tests.controlled import Controlled
 from tests.daemon import BIN, DaemonTestCase, mounts, run, until
-from tests.scenery import contents, scenery
+from tests.scenery import BIG, contents, scenery
 
 SHOWN = """
 import socket, sys
@@ -24,6 +24,11 @@ connection.connect(sys.argv[1])
 connection.sendall(b"GET /v1/status HTTP/1.1\\r\\nHost: x\\r\\nConnection: close\\r\\n\\r\\n")
 print(connection.makefile().read())
 """
+
+
+def source_of(path: Path) -> str:
+    """What is mounted there."""
+    return next(mount.source for mount in mounts() if mount.path == str(path))
 
 
 class ControlTestCase(DaemonTestCase):
@@ -397,6 +402,53 @@ class SuperviseTests(DaemonTestCase):
         other = Controlled(self.directory / "s", self.controlled.options)
         with self.assertRaisesRegex(AssertionError, "status 1"):
             other.start()
+        self.assertEqual(0, self.controlled.stop())
+        self.assert_nothing_left()
+
+    def assert_upgraded(self) -> None:
+        one = self.controlled.mount(self.registry.image("app"), "one", "--fill", "off")
+        device = source_of(one)
+        with (one / BIG).open("rb") as reading:
+            before = self.controlled.call("GET", "/v1/status")[1]
+            done = self.controlled.erofs_nbd("upgrade")
+            self.assertEqual((0, ""), (done.returncode, done.stderr))
+            after = self.controlled.call("GET", "/v1/status")[1]
+            self.assertNotEqual(before["instance"], after["instance"])
+            self.assertEqual(device, source_of(one))
+            self.assertTrue(reading.read() == (scenery().tree / BIG).read_bytes())
+        self.assert_same(contents(scenery().tree), contents(one))
+        self.controlled.mount(self.registry.image("app"), "two")
+        self.assertEqual(0, self.controlled.stop())
+        self.assert_nothing_left()
+
+    def test_an_upgrade_hands_the_device_over(self) -> None:
+        self.controlled.start()
+        self.assert_upgraded()
+        self.assertNotIn("ended with status", self.controlled.log)
+
+    def test_an_upgrade_without_a_parent_does_too(self) -> None:
+        self.controlled.options = ("--attach", self.attach)
+        self.controlled.start()
+        self.assert_upgraded()
+
+    def test_the_daemon_goes_on_where_the_next_one_dies(self) -> None:
+        self.controlled.start()
+        one = self.controlled.mount(self.registry.image("app"), "one")
+        daemon = self.daemon_pid()
+        os.kill(daemon, signal.SIGSTOP)
+        try:
+            os.kill(self.controlled.pid, signal.SIGUSR2)
+            children = Path(f"/proc/{self.controlled.pid}/task/{self.controlled.pid}/children")
+
+            def others() -> list[int]:
+                return [pid for pid in map(int, children.read_text().split()) if pid != daemon]
+
+            (following,) = until("the next one is there", others)
+            os.kill(following, signal.SIGKILL)
+            until("its end is noticed", lambda: not others())
+        finally:
+            os.kill(daemon, signal.SIGCONT)
+        self.assert_same(contents(scenery().tree), contents(one))
         self.assertEqual(0, self.controlled.stop())
         self.assert_nothing_left()
 

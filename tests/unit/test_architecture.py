@@ -134,6 +134,7 @@ FLOORS: dict[int, list[str]] = {
         "syscalls",
         "files",
         "ownerport",
+        "handover",
         "pool",
         "device.netlink",
         "device.driver",
@@ -149,6 +150,7 @@ FLOORS: dict[int, list[str]] = {
         "doctor.report",
     ],
     2: [
+        "succession",
         "leftovers",
         "doctor.survey",
         "prefetch",

@@ -12,6 +12,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from erofs_twisted import devices
 from erofs_twisted.devices import HELD_RETRY, Devices, Served
 from erofs_twisted.errors import MountError
+from erofs_twisted.interfaces import HandedConnection, HandedDevice
 
 ENDED = ["/dev/nbd0", "server of /dev/nbd0", "image of /dev/nbd0"]
 
@@ -33,17 +34,26 @@ class DeviceTests(SynchronousTestCase):
         self.made.append(path)
         await self.waits
         image: Any = SimpleNamespace(
-            abandon=lambda: self.abandoned.append(path), close=lambda: self.end(f"image of {path}")
+            export=SimpleNamespace(size=8192),
+            abandon=lambda: self.abandoned.append(path),
+            close=lambda: self.end(f"image of {path}"),
         )
-        server: Any = SimpleNamespace(stop=lambda: self.end(f"server of {path}"))
+        server: Any = SimpleNamespace(stop=lambda: self.end(f"server of {path}"), hand_over=self.hand_over)
         device: Any = SimpleNamespace(
             path=path,
             lost=Deferred(),
             is_held=self.is_held,
             detach=lambda: self.end(path),
-            leave=lambda: self.left.append(path),
+            leave=lambda: self.leave(path),
         )
         return Served(image, server, device, "nbd", "me")
+
+    async def hand_over(self) -> list[HandedConnection]:
+        return []
+
+    def leave(self, path: str) -> HandedDevice:
+        self.left.append(path)
+        return HandedDevice(path=path)
 
     async def end(self, what: str) -> None:
         self.ended.append(what)
@@ -58,7 +68,7 @@ class DeviceTests(SynchronousTestCase):
     def take(self, kind: str = "a", path: str = "") -> Served:
         return self.successResultOf(self.taking(kind, path))
 
-    def give_back(self, served: Served) -> Deferred[None]:
+    def give_back(self, served: Served) -> Deferred[bool]:
         return Deferred.fromCoroutine(self.devices.give_back(served))
 
     def test_the_same_kind_is_made_once(self) -> None:
@@ -150,4 +160,16 @@ class DeviceTests(SynchronousTestCase):
         self.assertEqual([], self.ended)
         self.successResultOf(Deferred.fromCoroutine(self.devices.leave(served)))
         self.assertEqual((["/dev/nbd0"], ENDED[1:]), (self.left, self.ended))
+        handed = self.devices.handed["/dev/nbd0"]
+        self.assertEqual((8192, "me"), (handed.size, handed.identifier))
         self.assertIsNot(served, self.take())
+
+    def test_what_is_held_is_left_too_and_at_once(self) -> None:
+        served = self.take()
+        self.held = 100
+        giving = self.give_back(served)
+        self.assertNoResult(giving)
+        self.devices.leave_what_is_held()
+        self.assertFalse(self.successResultOf(giving))
+        self.assertEqual((["/dev/nbd0"], ENDED[1:]), (self.left, self.ended))
+        self.assertEqual(["/dev/nbd0"], [*self.devices.handed])

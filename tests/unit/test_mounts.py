@@ -297,14 +297,6 @@ class UpgradeTests(MountsTestCase):
         self.clock.advance(0)
         self.assertEqual(1, self.begun)
 
-    def test_what_outlives_no_daemon_is_named(self) -> None:
-        mounting = self.mounts.mount("/mnt", APP)
-        self.made[0].backend = "fuse"
-        self.made[0].come_up()
-        self.successResultOf(mounting)
-        self.assertIn("/mnt", str(self.assertRaises(MountError, self.mounts.upgrade)))
-        self.assertEqual([], self.clock.getDelayedCalls())
-
     def test_all_mounts_are_left_on_record_and_the_next_daemon_has_them(self) -> None:
         self.up("/one")
         two = self.mounts.mount("/two", OTHER)

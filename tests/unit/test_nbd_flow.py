@@ -279,3 +279,66 @@ class HandoverTests(SynchronousTestCase):
         export_name = option(Option.EXPORT_NAME)
         client.send(b"\0\0\0\3", export_name, read(0, 16))
         self.assertEqual(CONTENT[:16], client.received()[-16:])
+
+
+class HandingOverTests(SynchronousTestCase):
+    """A client goes on with another server."""
+
+    def hand_over(self, client: Client) -> bytes | None:
+        serving = client.protocol._serving
+        assert serving is not None
+        return serving.hand_over()
+
+    def test_when_all_is_answered_nothing_is_left_to_answer(self) -> None:
+        export = SlowExport(CONTENT)
+        client = Client.kernel(export)
+        client.send(read(0, 256, cookie=1))
+        holding = client.protocol.hold()
+        self.assertNoResult(holding)
+        export.reads[0].finish()
+        self.successResultOf(holding)
+        self.assertEqual(16 + 256, len(client.received()))
+        self.assertEqual(b"", self.hand_over(client))
+
+    def test_what_is_not_answered_is_handed_over_as_it_was_sent(self) -> None:
+        export = SlowExport(CONTENT)
+        client = Client.kernel(export)
+        asked = [read(256, 256, cookie=1), request(Command.CACHE, 512, 256, cookie=2)]
+        client.send(*asked)
+        _ = client.protocol.hold()
+        part = read(1024, 256, cookie=3)
+        client.send(part, part[:10])
+        handed = self.hand_over(client)
+        assert handed is not None
+        self.assertEqual(b"".join([*asked, part, part[:10]]), handed)
+        self.assertEqual((2, b""), (export.cancelled, client.received()))
+        follower = Client.kernel(BytesExport(CONTENT))
+        self.assertEqual(handed + part[10:], b"".join([*asked, part, part]))
+        answers = follower.exchange(*asked, part, part)
+        self.assertEqual([1, 2, 3, 3], [reply.cookie for reply in answers])
+
+    def test_no_request_is_taken_once_it_is_held(self) -> None:
+        export = SlowExport(CONTENT)
+        client = Client.kernel(export)
+        self.successResultOf(client.protocol.hold())
+        self.assertEqual("paused", client.transport.producerState)
+        client.send(read(0, 256, cookie=1))
+        self.assertEqual([], export.reads)
+
+    def test_a_client_in_the_middle_of_a_reply_cannot_be_handed_over(self) -> None:
+        client = Client.kernel(BytesExport(CONTENT))
+        client.transport.producer.pauseProducing()
+        holding = client.protocol.hold()
+        self.assertNoResult(holding)
+        self.assertIsNone(self.hand_over(client))
+        client.transport.producer.resumeProducing()
+        self.successResultOf(holding)
+        self.assertEqual(b"", self.hand_over(client))
+
+    def test_nor_one_in_the_middle_of_a_request_that_is_refused_or_that_leaves(self) -> None:
+        for sent in (request(Command.WRITE, 0, 512, cookie=1) + bytes(100), request(Command.DISC, 0, 0)):
+            export = SlowExport(CONTENT)
+            client = Client.kernel(export)
+            client.send(read(0, 256, cookie=7), sent)
+            _ = client.protocol.hold()
+            self.assertIsNone(self.hand_over(client))

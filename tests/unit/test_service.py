@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,9 +15,9 @@ from twisted.internet.defer import CancelledError, Deferred, succeed
 from twisted.internet.testing import MemoryReactorClock
 from twisted.trial.unittest import SynchronousTestCase
 
-from erofs_twisted import devices, mounting, service
+from erofs_twisted import devices, mounting, service, succession
 from erofs_twisted.errors import MountError, ReadError
-from erofs_twisted.interfaces import Connected
+from erofs_twisted.interfaces import Connected, HandedConnection, HandedDevice
 from erofs_twisted.mount.mountpoint import Busy
 from erofs_twisted.options import read_mount_config
 from erofs_twisted.process import ExitStatus
@@ -64,9 +65,11 @@ class World:
         parts: dict[str, Any] = {
             "SystemCallPool": lambda reactor: SimpleNamespace(stop=lambda: self.step("stop pool")),
             "Mountpoint": lambda reactor, pool, path: FakeMountpoint(self, path),
-            "NetlinkConnector": lambda *arguments: FakeConnector(self),
-            "FuseConnector": lambda *arguments: None,
-            "NBDServer": lambda reactor: SimpleNamespace(stop=lambda: self.step("stop server")),
+            "NetlinkConnector": lambda *arguments, **keywords: FakeConnector(self),
+            "FuseConnector": lambda *arguments, **keywords: FakeConnector(self, "fuse"),
+            "NBDServer": lambda reactor: SimpleNamespace(
+                stop=lambda: self.step("stop server"), hand_over=self.hand_over
+            ),
             "MountWatch": lambda reactor: SimpleNamespace(
                 gone=lambda path: self.unmounted, close=lambda: None
             ),
@@ -76,6 +79,10 @@ class World:
         for name, part in parts.items():
             case.patch(mounting, name, part)
         case.patch(devices, "SystemCallPool", lambda reactor: SimpleNamespace(stop=lambda: succeed(None)))
+
+    async def hand_over(self) -> list[HandedConnection]:
+        await self.step("hand over")
+        return []
 
     async def choose_connector(self, *arguments: Any) -> FakeConnector:
         await self.step("choose")
@@ -170,8 +177,9 @@ class FakeDevice:
     lost: Deferred[None]
     path: str = "/dev/nbd0"
 
-    def leave(self) -> None:
+    def leave(self) -> HandedDevice:
         self.world.events.append("leave device")
+        return HandedDevice(path=self.path)
 
     def is_held(self) -> Deferred[bool]:
         self.world.held -= 1
@@ -415,24 +423,48 @@ class FullDiskTests(MountServiceTestCase):
 
 
 class UpgradeTests(MountServiceTestCase):
-    def test_device_and_mount_are_left_and_the_process_begins_anew(self) -> None:
-        self.start()
-        self.service.upgrade()
-        self.assertEqual(
-            [*STARTED, "leave device", "stop server", "close image", "stop pool"], self.world.events
-        )
+    def begin_anew(self, world: World) -> None:
+        super().begin_anew(world)
+
+        async def at_once(reactor: object, pool: object, call: Callable[..., Any], *arguments: Any) -> Any:
+            return call(*arguments)
+
+        self.patch(succession, "in_thread", at_once)
+
+    def assert_left(self) -> None:
+        left = ["leave device", "hand over", "stop server", "close image", "stop pool"]
+        self.assertEqual([*STARTED, *left], self.world.events)
         self.assertTrue(self.exit_status.is_again)
         self.assert_ended(0)
         record = self.record()
         self.assertEqual((Status.READY, "/dev/nbd0"), (record.status, record.device))
+        line = self.exit_status.line
+        assert line is not None
+        self.addCleanup(line.close)
+        line.setblocking(False)
+        said = [json.loads(each) for each in line.recv(10000).splitlines()]
+        self.assertEqual(["/dev/nbd0", os.getpid()], [said[0]["path"], said[1]["end"]])
 
-    def test_what_is_not_up_yet_cannot_be_left(self) -> None:
-        self.world.waits["mount"] = Deferred()
+    def test_device_and_mount_are_left_and_the_process_begins_anew(self) -> None:
         self.start()
-        self.service.upgrade()
+        self.service.leave()
+        self.assert_left()
+
+    def test_what_is_not_up_yet_is_left_when_it_is(self) -> None:
+        mounting = self.world.waits["mount"] = Deferred()
+        self.start()
+        self.service.leave()
         self.assertEqual(STARTED, self.world.events)
         self.assertFalse(self.exit_status.is_again)
+        mounting.callback(None)
+        self.assert_left()
+
+    def test_what_ends_before_it_is_up_is_left_to_nobody(self) -> None:
+        self.world.waits["mount"] = Deferred()
+        self.start()
+        self.service.leave()
         self.service.request_stop("SIGTERM")
+        self.assertFalse(self.exit_status.is_again)
         self.assert_ended(0)
 
 
