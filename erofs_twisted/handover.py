@@ -51,11 +51,16 @@ class Handover:
     devices: dict[str, HandedDevice] = attrs.field(factory=dict)
     port: socket.socket | None = None
 
-    def close(self) -> None:
-        """Close what nobody has taken."""
-        for device in self.devices.values():
+    def drop(self, path: str) -> None:
+        """Close what there is of a device, if nobody has taken that."""
+        device = self.devices.pop(path, None)
+        if device is not None:
             _close(device)
-        self.devices.clear()
+
+    def close(self) -> None:
+        """Close all that nobody has taken."""
+        for path in [*self.devices]:
+            self.drop(path)
         if self.port is not None:
             self.port.close()
             self.port = None

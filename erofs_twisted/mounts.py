@@ -21,6 +21,7 @@ from erofs_twisted.devices import Devices
 from erofs_twisted.errors import ErofsTwistedError, MountError
 from erofs_twisted.handover import Handover
 from erofs_twisted.interfaces import IMounts
+from erofs_twisted.leftovers import take_away
 from erofs_twisted.mounting import Mount
 from erofs_twisted.options import OPTIONS, MountConfig, read_mount_config
 from erofs_twisted.process import open_files
@@ -179,10 +180,7 @@ class Mounts:
             if record.service and (record.pid in (os.getpid(), self._before.pid) or not daemon_runs(record))
         ]
         for record in found:
-            restoring = Deferred.fromCoroutine(self._restore(record))
-            self._restoring[record.mountpoint] = restoring.addErrback(
-                lambda failure: failure.trap(CancelledError)
-            )
+            self._begin_restoring(record)
         return len(found)
 
     async def close(self) -> None:
@@ -265,7 +263,7 @@ class Mounts:
         if restoring is not None:
             restoring.cancel()
             if mountpoint not in self._running:
-                Journal(self._state_dir).forget(mountpoint)
+                await self._take_away(mountpoint, lazy)
                 return
         running = self._find(mountpoint)
         ended = running.when_ended()
@@ -273,11 +271,31 @@ class Mounts:
         if not lazy:
             await ended
 
+    async def _take_away(self, mountpoint: str, lazy: bool) -> None:
+        """What an earlier daemon has left, and this one could not take over."""
+        journal = Journal(self._state_dir)
+        record = journal.read(mountpoint)
+        if record is None:
+            return
+        self._before.drop(record.device)
+        try:
+            await take_away(self._reactor, self.devices.pool, journal, record, lazy)
+        except MountError:
+            self._begin_restoring(record)
+            raise
+        journal.forget(mountpoint)
+
     async def _prefetch(self, mountpoint: str) -> None:
         served = self._find(mountpoint).mount.served
         if served is None:
             raise MountError(f"{mountpoint} is not mounted yet")
         await served.image.fetch_all()
+
+    def _begin_restoring(self, record: MountRecord) -> None:
+        restoring = Deferred.fromCoroutine(self._restore(record))
+        self._restoring[record.mountpoint] = restoring.addErrback(
+            lambda failure: failure.trap(CancelledError)
+        )
 
     async def _restore(self, record: MountRecord) -> None:
         pause = FIRST_PAUSE

@@ -192,6 +192,21 @@ class KillTests(ControlTestCase):
         self.assert_whole(part)
         self.assert_all_gone()
 
+    def test_one_that_cannot_come_up_is_unmounted_all_the_same(self) -> None:
+        lost = self.directory / "lost"
+        options = ("--io-timeout", "3", "--cache-dir", str(lost))
+        part = self.controlled.mount(self.registry.image("part"), "part", *options)
+        self.controlled.kill()
+        shutil.rmtree(lost)
+        self.registry.go_down()
+        self.addCleanup(self.registry.come_back)
+        self.controlled.start()
+        until("it says why not", lambda: f"{part} is not there yet" in self.controlled.log)
+        done = self.controlled.erofs_nbd("umount", part)
+        self.assertEqual((0, ""), (done.returncode, done.stderr))
+        self.assertFalse(any(mount.path == str(part) for mount in mounts()))
+        self.assert_all_gone()
+
     def take_all_away(self, *paths: Path) -> None:
         from erofs_twisted.device.driver import NBDDriver
         from erofs_twisted.syscalls import umount
@@ -231,7 +246,8 @@ class UpgradeTests(ControlTestCase):
             f"\nupgrade in {took:.2f} s; {reads} reads: p99 {1000 * pauses[-max(reads // 100, 1)]:.1f} ms, "
             f"longest {pauses[-1]:.2f} s"
         )
-        self.assertLess(pauses[-1], took + REQUEUED)
+        # Nothing is reconnected, so nothing waits for the timer of the block layer.
+        self.assertLess(pauses[-1], took)
         self.assert_whole(*paths)
         self.controlled.mount(self.registry.image("four"), "four")
         self.assert_all_gone()

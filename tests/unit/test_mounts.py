@@ -257,9 +257,31 @@ class RestoreTests(MountsTestCase):
         self.kill(("/one", APP))
         self.mounts.restore()
         self.made[0].end("the image is gone")
-        self.successResultOf(self.mounts.unmount("/one", lazy=False))
+        taken: list[tuple[str, bool]] = []
+
+        async def take_away(*arguments: Any) -> None:
+            *_, record, lazy = arguments
+            taken.append((record.mountpoint, lazy))
+
+        self.patch(mounts, "take_away", take_away)
+        self.successResultOf(self.mounts.unmount("/one", lazy=True))
         self.clock.advance(100)
         self.assertEqual((1, []), (len(self.made), self.records()))
+        self.assertEqual([("/one", True)], taken, "what is mounted there of the daemon before")
+
+    def test_one_that_cannot_come_up_and_is_in_use_is_tried_again(self) -> None:
+        self.kill(("/one", APP))
+        self.mounts.restore()
+        self.made[0].end("the image is gone")
+
+        async def take_away(*arguments: Any) -> None:
+            raise Busy("/one", [], [])
+
+        self.patch(mounts, "take_away", take_away)
+        self.failureResultOf(self.mounts.unmount("/one", lazy=False), Busy)
+        self.assertIn("/one", self.records())
+        self.made[-1].come_up()
+        self.assertEqual((2, ["/one"]), (len(self.made), [m["mountpoint"] for m in self.mounts.mounts()]))
 
     def test_one_that_is_unmounted_as_it_comes_up_is_not_tried_again(self) -> None:
         self.kill(("/one", APP))
