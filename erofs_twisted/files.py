@@ -27,8 +27,13 @@ def replace_file(path: str, content: bytes, *, durable: bool) -> None:
         os.unlink(temporary)
         raise
     if durable:
-        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        sync_directory(directory)
+
+
+def sync_directory(path: str) -> None:
+    """Have the names in a directory on disk for good. Raises OSError."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

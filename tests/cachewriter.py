@@ -1,16 +1,11 @@
-"""Fills a file of the cache with chunks that can be told from their numbers, until it is killed.
-
-    python -m tests.cachewriter FILE
-
-A line comes for each sync that is done.
-"""
+"""Fills a file of the cache with chunks that can be told from their numbers, until the process is killed."""
 
 from __future__ import annotations
 
 import ctypes
 import hashlib
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from threading import Thread
 
@@ -36,7 +31,8 @@ def chunk(number: int) -> bytes:
     return hashlib.sha256(b"%d" % number).digest() * (CHUNK // 32)
 
 
-def main(path: Path) -> None:
+def main(path: Path, say: Callable[[str], object]) -> None:
+    """Say how many chunks are missing, for each sync that is done."""
     file, there = BlobFile.create(str(path), IDENTITY), ChunkMap(COUNT)
 
     def write() -> None:
@@ -52,9 +48,5 @@ def main(path: Path) -> None:
     Thread(target=write, daemon=True).start()
     while True:
         file.sync(there.copy())
-        print(there.missing, flush=True)
-        time.sleep(50 * PAUSE)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+        say(str(there.missing))
+        time.sleep(10 * PAUSE)

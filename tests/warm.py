@@ -5,19 +5,22 @@
 It has imported what a daemon needs, but no reactor, and forks one for each command. Commands are JSON
 objects, one a line, on standard input; each is answered by one, ``{"pid": N}``:
 
-    {"arguments": [ARGUMENT…], "log": PATH, "steps": PATH, "die_after": STEP or null}
+    {"arguments": [ARGUMENT…], "log": PATH, "steps": PATH, "die_after": STEP or null, "no_memory": PATH}
 
 ``arguments`` are those of ``twistd erofs-nbd``. The daemon is an orphan when the answer comes. It writes the
-steps that it has come to into ``steps``, one a line, and kills itself by SIGKILL after ``die_after``. The end
-of standard input ends this process, and no daemon.
+steps that it has come to into ``steps``, one a line, and kills itself by SIGKILL after ``die_after``. As long
+as there is a file ``no_memory``, it has none for its cache. The end of standard input ends this process, and
+no daemon.
 """
 
 from __future__ import annotations
 
 import atexit
+import errno
 import functools
 import importlib
 import inspect
+import itertools
 import json
 import os
 import signal
@@ -105,6 +108,25 @@ class Steps:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+def be_short_of_memory(path: str) -> None:
+    """As long as there is such a file, the cache has no memory: the kernel's, and this process's, in turn."""
+    from erofs_twisted.blocks.blobfile import BlobFile
+
+    turns = itertools.cycle((MemoryError(), OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))))
+
+    def short(call: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(call)
+        def called(*arguments: Any, **keywords: Any) -> Any:
+            if os.path.exists(path):
+                raise next(turns)
+            return call(*arguments, **keywords)
+
+        return called
+
+    for name in ("write", "sync"):
+        setattr(BlobFile, name, short(getattr(BlobFile, name)))
+
+
 def _find(name: str) -> tuple[Any, str]:
     """The module or class that a dotted name is an attribute of, and the attribute's name."""
     words = name.split(".")
@@ -171,7 +193,13 @@ class WarmDaemon(Daemon):
             log=str(self.directory / "log"),
             steps=str(self.steps_file),
             die_after=self.die_after,
+            no_memory=str(self.no_memory),
         )
+
+    @property
+    def no_memory(self) -> Path:
+        """As long as this is there, it has none for its cache."""
+        return self.directory.with_suffix(".no-memory")
 
     @property
     def steps_file(self) -> Path:
@@ -208,7 +236,7 @@ def main() -> None:
         os.close(reading)
 
 
-def serve(arguments: list[str], log: str, steps: str, die_after: str | None) -> None:
+def serve(arguments: list[str], log: str, steps: str, die_after: str | None, no_memory: str) -> None:
     """As twistd does it."""
     os.setsid()
     for number, path in enumerate((os.devnull, log, log)):
@@ -222,6 +250,7 @@ def serve(arguments: list[str], log: str, steps: str, die_after: str | None) -> 
 
     globalLogBeginner.beginLoggingTo([textFileLogObserver(sys.stderr)], redirectStandardIO=False)
     Steps(steps, die_after).install()
+    be_short_of_memory(no_memory)
     options = Options()
     options.parseOptions(arguments)
     service: Any = makeService(options)

@@ -63,7 +63,7 @@ class CachedBlob:
 
     def store(self, first: int, pieces: Sequence[bytes | memoryview]) -> bool:
         """Keep whole chunks, from ``first`` on, for every process. They are there if this returns True, else
-        they could not be kept (disk full)."""
+        they could not be kept (disk full, or no memory)."""
         if self._closing or self._lost or self.error:
             return False
         length = sum(map(len, pieces))
@@ -75,15 +75,15 @@ class CachedBlob:
         except DamagedFile as error:
             self._lose(str(error))
             return False
-        except OSError as error:
+        except (OSError, MemoryError) as error:
             if not self._writes_fail:
                 self._log.error(
                     "cannot write to the cache file {path}: {error}; what is read now is not kept",
                     path=self._path,
-                    error=error,
+                    error=str(error) or "no memory",
                 )
             self._writes_fail = True
-            if error.errno in NO_SPACE:
+            if isinstance(error, OSError) and error.errno in NO_SPACE:
                 self._directory.disk_is_full()
             return False
         if self._writes_fail:
@@ -179,11 +179,11 @@ class CachedBlob:
                 await self._poison(str(error))
             except DamagedFile as error:
                 self._lose(str(error))
-            except OSError as error:
+            except (OSError, MemoryError) as error:
                 self._log.error(
                     "cannot flush the cache file {path}: {error}; what was not safe is fetched again",
                     path=self._path,
-                    error=error,
+                    error=str(error) or "no memory",
                 )
                 await self._keep_what_is_safe()
             else:

@@ -15,7 +15,7 @@ import attrs
 from twisted.logger import Logger
 
 from erofs_twisted.errors import MountError
-from erofs_twisted.files import replace_file
+from erofs_twisted.files import replace_file, sync_directory
 from erofs_twisted.state.records import MountRecord, RecordError, Status, record_name
 
 RECORD = "record.json"
@@ -63,6 +63,8 @@ class MountState:
             return
         try:
             replace_file(str(self.path / RECORD), self.record.to_json(), durable=True)
+            if self._written is None:
+                sync_directory(str(self.path.parent))
         except OSError as error:
             raise MountError(
                 f"--state-dir {self.path.parent}: {error.strerror}: {self.record.mountpoint} cannot be "

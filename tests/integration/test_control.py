@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -12,7 +13,7 @@ import threading
 from pathlib import Path
 from urllib.parse import quote
 
-from erofs_twisted.state.records import Status
+from erofs_twisted.state.records import Status, record_name
 from tests.controlled import Controlled
 from tests.daemon import BIN, DaemonTestCase, mounts, run, until
 from tests.scenery import BIG, contents, scenery
@@ -29,6 +30,19 @@ print(connection.makefile().read())
 def source_of(path: Path) -> str:
     """What is mounted there."""
     return next(mount.source for mount in mounts() if mount.path == str(path))
+
+
+def nbdfuses(path: Path) -> list[int]:
+    """The processes that show the image that is mounted there."""
+    found = []
+    for each in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if (
+                each.read_bytes().startswith(b"/usr/bin/nbdfuse")
+                and record_name(str(path)) in each.read_text()
+            ):
+                found.append(int(each.parent.name))
+    return found
 
 
 class ControlTestCase(DaemonTestCase):
@@ -233,6 +247,19 @@ class SocketTests(ControlTestCase):
         caller.kill()
         caller.wait()
         self.controlled.mount(self.registry.image("slow"), "one")
+        self.assert_same(contents(scenery().tree), contents(one))
+        self.assert_all_gone()
+
+    def test_one_whose_nbdfuse_is_killed_goes_and_the_others_go_on(self) -> None:
+        one = self.controlled.mount(self.image("lz4"), "one")
+        two = self.controlled.mount(self.image("lz4"), "two")
+        (pid,) = nbdfuses(one)
+        os.kill(pid, signal.SIGKILL)
+        until("it is gone", lambda: len(self.controlled.call("GET", "/v1/mounts")[1]["mounts"]) == 1)
+        self.assert_same(contents(scenery().tree), contents(two))
+        done = self.controlled.erofs_nbd("status", one)
+        self.assertEqual((1, True), (done.returncode, "is no mount of this daemon's" in done.stderr))
+        self.controlled.mount(self.image("lz4"), "one")
         self.assert_same(contents(scenery().tree), contents(one))
         self.assert_all_gone()
 

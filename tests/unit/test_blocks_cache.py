@@ -526,6 +526,24 @@ class DiskTests(CacheCase):
         self.store(cached, 0, 1)
         self.assertEqual(1, len(self.logged(LogLevel.info)))
 
+    def test_no_memory_is_as_no_space_but_evicts_nothing(self) -> None:
+        def fail(*_: object) -> None:
+            raise MemoryError
+
+        cached = self.open()
+        self.store(cached, 0)
+        self.successResultOf(cached.flush())
+        broken = [self.patch(blobfile.BlobFile, name, fail) for name in ("write", "sync")]
+        self.assertFalse(cached.store(1, [b"x" * CHUNK]))
+        cached._unsafe = True
+        self.successResultOf(cached.flush())
+        for each in broken:
+            each.restore()
+        self.assertEqual([0], self.present(cached))
+        self.assertEqual(2, len(self.logged(LogLevel.error)))
+        self.store(cached, 1)
+        self.assertEqual([0, 1], self.present(cached))
+
     def test_a_short_write_goes_on_where_it_stopped(self) -> None:
         class ShortWrites(BrokenSystem):
             def pwritev(self, fd: int, pieces: list[bytes], offset: int) -> int:
