@@ -120,10 +120,13 @@ class PowerCutTests(SynchronousTestCase):
 
     def chunks(self) -> int:
         """How many the cache says are there, all of which must be right."""
+        next_boot = self.patch(blobfile, "boot_id", lambda: b"the next boot".ljust(36))
         try:
             file, chunks = BlobFile.open(str(self.mountpoint / "blob"), IDENTITY)
         except (DamagedFile, FileNotFoundError):
             return 0
+        finally:
+            next_boot.restore()
         try:
             self.assert_right(file, chunks)
         finally:
@@ -145,7 +148,6 @@ class PowerCutTests(SynchronousTestCase):
             self.assertGreaterEqual(there[journalwriter.mountpoint(number)], step, f"mount {number}")
 
     def test_no_chunk_is_there_whose_bytes_are_not_and_no_record_is_lost(self) -> None:
-        self.patch(blobfile, "boot_id", lambda: b"the next boot".ljust(36))
         seed = random.randrange(1000)
         moments = random.Random(seed)
         found: list[tuple[Any, ...]] = []
