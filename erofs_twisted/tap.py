@@ -18,6 +18,7 @@ from erofs_twisted.options import (
     read_service_config,
 )
 from erofs_twisted.process import ExitStatus, conceal_arguments, put_off_collections, raise_file_limit
+from erofs_twisted.steadyclock import keep_steady
 
 
 class Options(usage.Options):
@@ -93,6 +94,7 @@ def makeService(options: Options) -> IService:
         supervise("erofs_twisted.service" if is_one else "erofs_twisted.mountsservice", pidfile)
     from twisted.internet import reactor
 
+    keep_steady(reactor)
     exit_status = ExitStatus(is_supervised=bool(options["supervise"]))
     exit_status.install()
     if isinstance(config, MountConfig):

@@ -135,6 +135,7 @@ FLOORS: dict[int, list[str]] = {
         "files",
         "ownerport",
         "pool",
+        "steadyclock",
         "device.netlink",
         "device.driver",
         "device.loop",
@@ -192,7 +193,7 @@ FLOORS: dict[int, list[str]] = {
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 ROOTS = {"", "errors", "interfaces"}
-CORRIDOR = {"syscalls", "pool", "files", "ownerport"}
+CORRIDOR = {"syscalls", "pool", "files", "ownerport", "steadyclock"}
 """Of floor 1, and open to all of its rooms."""
 NO_IO = {"twisted", "treq", "socket", "os", "time", "threading", "subprocess", "asyncio", "select"}
 
