@@ -176,9 +176,11 @@ class Mounts:
         One that cannot be had now is tried again, until it is there or unmounted: its registry may be down
         as this host starts. It does not keep the others from coming up.
         """
+        journal = Journal(self._state_dir)
+        journal.tidy()
         found = [
             record
-            for record in Journal(self._state_dir).records()
+            for record in journal.records()
             if record.service and (record.pid == os.getpid() or not daemon_runs(record))
         ]
         for record in found:

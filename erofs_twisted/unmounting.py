@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from twisted.internet.task import deferLater
@@ -10,7 +11,7 @@ from twisted.python.threadpool import ThreadPool
 from erofs_twisted.device.driver import NBDDriver
 from erofs_twisted.device.fuse import clear_away
 from erofs_twisted.errors import MountError
-from erofs_twisted.mount.mountpoint import Mountpoint, mounts_here
+from erofs_twisted.mount.mountpoint import Mountpoint, mounts_here, remove_empty
 from erofs_twisted.pool import SystemCallPool
 from erofs_twisted.state.journal import Journal, daemon_runs
 from erofs_twisted.state.records import MountRecord, Status
@@ -48,7 +49,8 @@ async def unmount(reactor: Any, journal: Journal, path: str, lazy: bool = False)
     if not lazy:
         await _until_ended(reactor, record)
     if not daemon_runs(record):
-        journal.forget(path)
+        # One that ended by itself has removed it.
+        journal.forget(path, partial(remove_empty, path) if record.made else lambda: None)
 
 
 async def _clear_device(

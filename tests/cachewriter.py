@@ -1,25 +1,21 @@
-"""Fills a file of the cache with chunks that can be told from their numbers, until it is killed.
-
-    python -m tests.cachewriter FILE
-
-A line comes for each sync that is done.
-"""
+"""Fills a file of the cache with chunks that can be told from their numbers, for as long as it lives."""
 
 from __future__ import annotations
 
 import ctypes
 import hashlib
-import sys
+import os
 import time
-from pathlib import Path
+from collections.abc import Callable
 from threading import Thread
+from typing import NoReturn
 
 from erofs_twisted.blocks.blobfile import BlobFile
 from erofs_twisted.blocks.chunks import Chunking, ChunkMap
 from erofs_twisted.blocks.header import BlobIdentity
 from erofs_twisted.registry.digest import Digest
 
-COUNT = 8192
+COUNT = 4096
 CHUNK = 4096
 IDENTITY = BlobIdentity(Digest.of(b"its bytes are not compared with it"), Chunking(COUNT * CHUNK, CHUNK))
 RUN = 16
@@ -28,7 +24,7 @@ WRITE_AND_WAIT = 7
 """SYNC_FILE_RANGE_WAIT_BEFORE, _WRITE and _WAIT_AFTER, of linux/fs.h."""
 LIBC = ctypes.CDLL(None, use_errno=True)
 PAUSE = 0.005
-"""Seconds from one run to the next."""
+"""Seconds from one run to the next, and half of those from one sync to the next."""
 
 
 def chunk(number: int) -> bytes:
@@ -36,25 +32,27 @@ def chunk(number: int) -> bytes:
     return hashlib.sha256(b"%d" % number).digest() * (CHUNK // 32)
 
 
-def main(path: Path) -> None:
-    file, there = BlobFile.create(str(path), IDENTITY), ChunkMap(COUNT)
+def fill(path: str, tell: Callable[[str], None]) -> NoReturn:
+    """Go on where the file ends, or make it; and ``tell`` how much is missing after each sync."""
+    if os.path.exists(path):
+        file, there = BlobFile.open(path, IDENTITY)
+    else:
+        file, there = BlobFile.create(path, IDENTITY), ChunkMap(COUNT)
 
     def write() -> None:
-        for first in range(0, COUNT, RUN):
-            file.write(first, first + RUN, [chunk(number) for number in range(first, first + RUN)])
-            there.set(first, first + RUN)
-            # The kernel may bring pages on disk in any order. Here the marks come before their bytes.
-            offset, length = ctypes.c_int64(IDENTITY.marks_offset), ctypes.c_int64(COUNT)
-            if LIBC.sync_file_range(file.fd, offset, length, WRITE_AND_WAIT):
-                raise OSError(ctypes.get_errno(), "sync_file_range")
-            time.sleep(PAUSE)
+        for start, stop in list(there.runs_missing(0, COUNT)):
+            for first in range(start, stop, RUN):
+                end = min(first + RUN, stop)
+                file.write(first, end, [chunk(number) for number in range(first, end)])
+                there.set(first, end)
+                # The kernel may bring pages on disk in any order. Here the marks come before their bytes.
+                offset, length = ctypes.c_int64(IDENTITY.marks_offset), ctypes.c_int64(COUNT)
+                if LIBC.sync_file_range(file.fd, offset, length, WRITE_AND_WAIT):
+                    raise OSError(ctypes.get_errno(), "sync_file_range")
+                time.sleep(PAUSE)
 
     Thread(target=write, daemon=True).start()
     while True:
         file.sync(there.copy())
-        print(there.missing, flush=True)
-        time.sleep(50 * PAUSE)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+        tell(str(there.missing))
+        time.sleep(2 * PAUSE)

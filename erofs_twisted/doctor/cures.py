@@ -9,6 +9,7 @@ import socket
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import attrs
@@ -27,9 +28,10 @@ from erofs_twisted.doctor.search import (
 )
 from erofs_twisted.errors import ErofsTwistedError, MountError
 from erofs_twisted.mount.mountinfo import mount_at
-from erofs_twisted.mount.mountpoint import mounts_here
+from erofs_twisted.mount.mountpoint import mounts_here, remove_empty
 from erofs_twisted.reattaching import start
 from erofs_twisted.state.journal import RECORD, Journal, daemon_runs
+from erofs_twisted.state.records import MountRecord
 from erofs_twisted.syscalls import MNT_DETACH, UMOUNT_NOFOLLOW, umount
 
 SETTLED = 0.2
@@ -114,7 +116,7 @@ class Cures:
         directory = self.journal.directory(repair.target)
         self._clear_fuse(directory)
         try:
-            self.journal.forget(repair.target)
+            self.journal.forget(repair.target, partial(_remove_mountpoint, record))
         except BlockingIOError as error:
             raise MountError(f"{repair.target}: a daemon has just started") from error
 
@@ -153,6 +155,12 @@ class Cures:
         Act.CLEAR: _clear,
         Act.UNLINK: _unlink,
     }
+
+
+def _remove_mountpoint(record: MountRecord | None) -> None:
+    """Where it was made for the mount."""
+    if record is not None and record.made:
+        remove_empty(record.mountpoint)
 
 
 def _is_a_daemons(directory: Path) -> bool:

@@ -112,7 +112,9 @@ class KillTests(ControlTestCase):
 
     def test_what_it_left_is_cleared_away_mount_by_mount(self) -> None:
         before = nbd_devices_in_use()
-        one = self.controlled.mount(self.registry.image("one"), "one")
+        one = self.controlled.directory / "made"
+        done = self.controlled.erofs_nbd("mount", self.registry.image("one"), one, "--mkdir")
+        self.assertEqual((0, ""), (done.returncode, done.stderr))
         two = self.controlled.mount(self.registry.image("two"), "two")
         three = self.controlled.mount(self.registry.image("three", "plain"), "three")
         self.controlled.kill()
@@ -120,6 +122,7 @@ class KillTests(ControlTestCase):
         self.assertEqual(0, self.controlled.erofs_nbd("umount", three).returncode)
         self.assertEqual(1, len(nbd_devices_in_use() - before), "though it was not mounted any more")
         self.assertEqual(0, self.controlled.erofs_nbd("umount", one).returncode)
+        self.assertFalse(one.exists(), "it was made for the mount")
         self.assertEqual(1, len(nbd_devices_in_use() - before), "the other one is mounted from it")
         self.assertEqual(0, self.controlled.erofs_nbd("umount", two).returncode)
         self.assert_nothing_left()
