@@ -6,16 +6,14 @@ import ctypes
 import hashlib
 import os
 import time
-from collections.abc import Callable
 from threading import Thread
-from typing import NoReturn
 
 from erofs_twisted.blocks.blobfile import BlobFile
 from erofs_twisted.blocks.chunks import Chunking, ChunkMap
 from erofs_twisted.blocks.header import BlobIdentity
 from erofs_twisted.registry.digest import Digest
 
-COUNT = 4096
+COUNT = 2048
 CHUNK = 4096
 IDENTITY = BlobIdentity(Digest.of(b"its bytes are not compared with it"), Chunking(COUNT * CHUNK, CHUNK))
 RUN = 16
@@ -32,8 +30,8 @@ def chunk(number: int) -> bytes:
     return hashlib.sha256(b"%d" % number).digest() * (CHUNK // 32)
 
 
-def fill(path: str, tell: Callable[[str], None]) -> NoReturn:
-    """Go on where the file ends, or make it; and ``tell`` how much is missing after each sync."""
+def fill(path: str) -> None:
+    """Go on where it was left, or make it; and sync it all the while, in threads."""
     if os.path.exists(path):
         file, there = BlobFile.open(path, IDENTITY)
     else:
@@ -51,8 +49,10 @@ def fill(path: str, tell: Callable[[str], None]) -> NoReturn:
                     raise OSError(ctypes.get_errno(), "sync_file_range")
                 time.sleep(PAUSE)
 
-    Thread(target=write, daemon=True).start()
-    while True:
-        file.sync(there.copy())
-        tell(str(there.missing))
-        time.sleep(2 * PAUSE)
+    def sync() -> None:
+        while True:
+            file.sync(there.copy())
+            time.sleep(2 * PAUSE)
+
+    for each in (write, sync):
+        Thread(target=each, daemon=True).start()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterable
 from itertools import count
 from pathlib import Path
@@ -26,11 +27,12 @@ def content(journal: Journal, mountpoint: str) -> Content:
     return None if record is None else (record.image, record.size, str(record.status))
 
 
-def write(state_dir: Path, seed: int, tell: Callable[[str], None]) -> NoReturn:
-    """``tell`` what is about to be on record, and then, that it is for good."""
+def write(state_dir: Path, seed: int, most: int | None, tell: Callable[[str], None]) -> NoReturn:
+    """``tell`` what is about to be on record, and then, that it is for good; after ``most`` changes do
+    nothing any more."""
     journal, chosen = Journal(state_dir), Random(seed)
     held: dict[str, MountState] = {}
-    for number in count(1):
+    for number in count(1) if most is None else range(1, most + 1):
         mountpoint = chosen.choice(MOUNTPOINTS)
         state = held.get(mountpoint)
         act = chosen.random()
@@ -52,7 +54,8 @@ def write(state_dir: Path, seed: int, tell: Callable[[str], None]) -> NoReturn:
             held.pop(mountpoint).leave()
             journal.forget(mountpoint)
         tell(json.dumps([mountpoint]))
-    raise AssertionError
+    while True:
+        time.sleep(60)
 
 
 @attrs.define

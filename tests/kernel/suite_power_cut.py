@@ -28,10 +28,12 @@ from tests.daemon import run
 from tests.journalwriter import Histories
 
 CUTS = 50
+QUIET = 4
+"""One in so many cuts is made when nobody writes any more."""
 DISK = "erofs-twisted-power-cut"
 DISK_SIZE = 64 << 20
 SECTOR = 512
-MOST_RECORDS = 30
+MOST_RECORDS = 16
 """Acknowledgements that are waited for, at most, before a cut."""
 LATER = 0.02
 """Seconds, at most, from there to the cut, and from the cut to the end."""
@@ -155,25 +157,31 @@ class PowerCutTests(SynchronousTestCase):
         self.patch(blobfile, "boot_id", lambda: b"boot %31d" % self.boot)
         self.records = self.chunks = self.left = 0
 
-    def write_until_the_power_fails(self, chosen: Random) -> Histories:
+    def write_until_the_power_fails(self, chosen: Random, *, is_quiet: bool) -> Histories:
+        """Where it ``is_quiet``, nothing comes on disk after what was acknowledged last by what is written
+        then."""
         histories = Histories.found(self.journal)
-        seed, wanted = chosen.randrange(1 << 30), chosen.randrange(MOST_RECORDS)
+        seed, wanted = chosen.randrange(1 << 30), chosen.randint(1, MOST_RECORDS)
         before, after = chosen.random() * LATER, chosen.random() * LATER
         self.disk.prepare_cut()
-        cache = Writer(lambda tell: cachewriter.fill(str(self.blob), tell))
-        journal = Writer(lambda tell: journalwriter.write(self.journal.state_dir, seed, tell))
+
+        def write(tell: Callable[[str], None]) -> None:
+            if not is_quiet:
+                cachewriter.fill(str(self.blob))
+            journalwriter.write(self.journal.state_dir, seed, wanted if is_quiet else None, tell)
+
+        writer = Writer(write)
         try:
             acknowledged = 0
             while acknowledged < wanted:
-                journal.wait()
-                acknowledged += histories.hear(journal.lines(), has_power=True)
+                writer.wait()
+                acknowledged += histories.hear(writer.lines(), has_power=True)
             time.sleep(before)
-            acknowledged += histories.hear(journal.lines(), has_power=True)
+            acknowledged += histories.hear(writer.lines(), has_power=True)
             self.disk.cut()
             time.sleep(after)
         finally:
-            cache.kill()
-            histories.hear(journal.kill(), has_power=False)
+            histories.hear(writer.kill(), has_power=False)
         self.records += acknowledged
         return histories
 
@@ -213,7 +221,7 @@ class PowerCutTests(SynchronousTestCase):
         began = time.monotonic()
         for cut in range(CUTS):
             try:
-                histories = self.write_until_the_power_fails(chosen)
+                histories = self.write_until_the_power_fails(chosen, is_quiet=cut % QUIET == 0)
                 self.disk.restart()
                 self.boot += 1
                 self.check_records(histories)
