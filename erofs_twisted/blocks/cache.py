@@ -15,6 +15,7 @@ from twisted.internet.defer import Deferred
 from twisted.internet.threads import deferToThreadPool
 from twisted.logger import Logger
 
+from erofs_twisted.blocks.blobfile import FAILURES, told
 from erofs_twisted.blocks.cached import CachedBlob
 from erofs_twisted.blocks.cachefiles import CacheError, CacheFiles
 from erofs_twisted.blocks.chunks import MAX_CHUNK_SIZE, Chunking, chunk_size_for
@@ -118,7 +119,7 @@ class CacheDirectory:
     async def _room(self) -> int:
         try:
             return await self.in_thread(self.files.room)
-        except (OSError, CacheError) as error:
+        except (*FAILURES, CacheError) as error:
             self._cannot_look(error)
             return 0
 
@@ -136,7 +137,7 @@ class CacheDirectory:
         left, refused, self._refused = self._left, self._refused, 0
         try:
             room = await self.in_thread(self.files.make_room, wanted, disk_is_full=disk_is_full)
-        except (OSError, CacheError) as error:
+        except (*FAILURES, CacheError) as error:
             self._cannot_look(error)
             room = 0
         finally:
@@ -158,4 +159,6 @@ class CacheDirectory:
         self._full = full
 
     def _cannot_look(self, error: Exception) -> None:
-        self._log.error("cannot look into the cache directory {path}: {error}", path=self.path, error=error)
+        self._log.error(
+            "cannot look into the cache directory {path}: {error}", path=self.path, error=told(error)
+        )
