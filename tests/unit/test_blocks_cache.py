@@ -642,7 +642,6 @@ class VerifyTests(CacheCase):
         self.pool.held = []
         asked = cached.verify()
         self.pool.run()
-        self.pool.held = None
         return asked
 
     def test_an_incomplete_blob_cannot_be_verified(self) -> None:
