@@ -11,7 +11,7 @@ from erofs_twisted.device.driver import NBDDriver
 from erofs_twisted.device.fuse import clear_away
 from erofs_twisted.interfaces import Connected, IDeviceConnector
 from erofs_twisted.mount.mountinfo import Mount
-from erofs_twisted.mount.mountpoint import Mountpoint, mounts_here
+from erofs_twisted.mount.mountpoint import Mountpoint, mounts_here, remove_empty
 from erofs_twisted.state.journal import Journal, boot_id
 from erofs_twisted.state.records import MountRecord
 from erofs_twisted.state.takeover import Plan, Seen, make_plan
@@ -43,6 +43,17 @@ async def take_away(
     if is_mounted:
         await mountpoint.unmount(lazy=lazy)
     await _clear_device(reactor, pool, journal, record, is_mounted)
+
+
+def forget(journal: Journal, record: MountRecord) -> None:
+    """Drop a mount of which there is nothing any more, and the directory that was made for it. Raises OSError
+    where a daemon has begun with it again."""
+
+    def remove_directory() -> None:
+        if record.made:
+            remove_empty(record.mountpoint)
+
+    journal.forget(record.mountpoint, remove_directory)
 
 
 async def _clear_device(

@@ -21,7 +21,7 @@ from erofs_twisted.devices import Devices
 from erofs_twisted.errors import ErofsTwistedError, MountError
 from erofs_twisted.handover import Handover
 from erofs_twisted.interfaces import IMounts
-from erofs_twisted.leftovers import take_away
+from erofs_twisted.leftovers import forget, take_away
 from erofs_twisted.mounting import Mount
 from erofs_twisted.options import OPTIONS, MountConfig, read_mount_config
 from erofs_twisted.process import open_files
@@ -174,9 +174,11 @@ class Mounts:
         One that cannot be had now is tried again, until it is there or unmounted: its registry may be down
         as this host starts. It does not keep the others from coming up.
         """
+        journal = Journal(self._state_dir)
+        journal.tidy()
         found = [
             record
-            for record in Journal(self._state_dir).records()
+            for record in journal.records()
             if record.service and (record.pid in (os.getpid(), self._before.pid) or not daemon_runs(record))
         ]
         for record in found:
@@ -259,9 +261,16 @@ class Mounts:
         running.end(failure)
 
     async def _unmount(self, mountpoint: str, lazy: bool) -> None:
-        restoring = self._restoring.pop(mountpoint, None)
+        restoring = self._restoring.get(mountpoint)
         if restoring is not None:
             restoring.cancel()
+            running = self._running.get(mountpoint)
+            if running is not None and not running.is_up:
+                # It is being tried just now, and leaves what was there before.
+                ended = running.when_ended()
+                running.mount.request_stop()
+                await ended
+            self._restoring.pop(mountpoint, None)
             if mountpoint not in self._running:
                 await self._take_away(mountpoint, lazy)
                 return
@@ -283,7 +292,7 @@ class Mounts:
         except MountError:
             self._begin_restoring(record)
             raise
-        journal.forget(mountpoint)
+        forget(journal, record)
 
     async def _prefetch(self, mountpoint: str) -> None:
         served = self._find(mountpoint).mount.served

@@ -10,6 +10,7 @@ import click
 
 from erofs_twisted.errors import ErofsTwistedError
 from erofs_twisted.process import on_stop_signal
+from erofs_twisted.steadyclock import keep_steady
 
 
 def run_command(command: click.Command, name: str, failed: int = 1) -> NoReturn:
@@ -37,6 +38,7 @@ def run(main: Callable[[Any], Coroutine[Any, Any, Any]], verbose: bool = False) 
     from twisted.python.failure import Failure
 
     reactor: Any = global_reactor
+    keep_steady(reactor)
     outcome: list[Any] = []
 
     def begin() -> None:

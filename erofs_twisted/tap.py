@@ -25,6 +25,7 @@ from erofs_twisted.process import (
     put_off_collections,
     raise_file_limit,
 )
+from erofs_twisted.steadyclock import keep_steady
 
 
 class Options(usage.Options):
@@ -108,6 +109,7 @@ def makeService(options: Options) -> IService:
     from erofs_twisted.succession import Lines
 
     lines = Lines(before, after)
+    keep_steady(reactor)
     exit_status = ExitStatus(is_supervised=bool(options["supervise"]))
     exit_status.install()
     if isinstance(config, MountConfig):

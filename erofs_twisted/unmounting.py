@@ -7,7 +7,7 @@ from typing import Any
 from twisted.internet.task import deferLater
 
 from erofs_twisted.errors import MountError
-from erofs_twisted.leftovers import take_away
+from erofs_twisted.leftovers import forget, take_away
 from erofs_twisted.mount.mountpoint import Mountpoint
 from erofs_twisted.pool import SystemCallPool
 from erofs_twisted.state.journal import Journal, daemon_runs
@@ -40,7 +40,8 @@ async def unmount(reactor: Any, journal: Journal, path: str, lazy: bool = False)
     if not lazy:
         await _until_ended(reactor, record)
     if not daemon_runs(record):
-        journal.forget(path)
+        # One that ended by itself has removed it.
+        forget(journal, record)
 
 
 async def _until_ended(reactor: Any, record: MountRecord) -> None:

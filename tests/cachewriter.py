@@ -1,12 +1,11 @@
-"""Fills a file of the cache with chunks that can be told from their numbers, until the process is killed."""
+"""Fills a file of the cache with chunks that can be told from their numbers, for as long as it lives."""
 
 from __future__ import annotations
 
 import ctypes
 import hashlib
+import os
 import time
-from collections.abc import Callable
-from pathlib import Path
 from threading import Thread
 
 from erofs_twisted.blocks.blobfile import BlobFile
@@ -14,7 +13,7 @@ from erofs_twisted.blocks.chunks import Chunking, ChunkMap
 from erofs_twisted.blocks.header import BlobIdentity
 from erofs_twisted.registry.digest import Digest
 
-COUNT = 8192
+COUNT = 2048
 CHUNK = 4096
 IDENTITY = BlobIdentity(Digest.of(b"its bytes are not compared with it"), Chunking(COUNT * CHUNK, CHUNK))
 RUN = 16
@@ -23,7 +22,7 @@ WRITE_AND_WAIT = 7
 """SYNC_FILE_RANGE_WAIT_BEFORE, _WRITE and _WAIT_AFTER, of linux/fs.h."""
 LIBC = ctypes.CDLL(None, use_errno=True)
 PAUSE = 0.005
-"""Seconds from one run to the next."""
+"""Seconds from one run to the next, and half of those from one sync to the next."""
 
 
 def chunk(number: int) -> bytes:
@@ -31,22 +30,29 @@ def chunk(number: int) -> bytes:
     return hashlib.sha256(b"%d" % number).digest() * (CHUNK // 32)
 
 
-def main(path: Path, say: Callable[[str], object]) -> None:
-    """Say how many chunks are missing, for each sync that is done."""
-    file, there = BlobFile.create(str(path), IDENTITY), ChunkMap(COUNT)
+def fill(path: str) -> None:
+    """Go on where it was left, or make it; and sync it all the while, in threads."""
+    if os.path.exists(path):
+        file, there = BlobFile.open(path, IDENTITY)
+    else:
+        file, there = BlobFile.create(path, IDENTITY), ChunkMap(COUNT)
 
     def write() -> None:
-        for first in range(0, COUNT, RUN):
-            file.write(first, first + RUN, [chunk(number) for number in range(first, first + RUN)])
-            there.set(first, first + RUN)
-            # The kernel may bring pages on disk in any order. Here the marks come before their bytes.
-            offset, length = ctypes.c_int64(IDENTITY.marks_offset), ctypes.c_int64(COUNT)
-            if LIBC.sync_file_range(file.fd, offset, length, WRITE_AND_WAIT):
-                raise OSError(ctypes.get_errno(), "sync_file_range")
-            time.sleep(PAUSE)
+        for start, stop in list(there.runs_missing(0, COUNT)):
+            for first in range(start, stop, RUN):
+                end = min(first + RUN, stop)
+                file.write(first, end, [chunk(number) for number in range(first, end)])
+                there.set(first, end)
+                # The kernel may bring pages on disk in any order. Here the marks come before their bytes.
+                offset, length = ctypes.c_int64(IDENTITY.marks_offset), ctypes.c_int64(COUNT)
+                if LIBC.sync_file_range(file.fd, offset, length, WRITE_AND_WAIT):
+                    raise OSError(ctypes.get_errno(), "sync_file_range")
+                time.sleep(PAUSE)
 
-    Thread(target=write, daemon=True).start()
-    while True:
-        file.sync(there.copy())
-        say(str(there.missing))
-        time.sleep(10 * PAUSE)
+    def sync() -> None:
+        while True:
+            file.sync(there.copy())
+            time.sleep(2 * PAUSE)
+
+    for each in (write, sync):
+        Thread(target=each, daemon=True).start()

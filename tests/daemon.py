@@ -38,11 +38,12 @@ Found = TypeVar("Found")
 
 @attrs.frozen
 class Counts:
-    """Requests to a repository, those of them that met a fault since the faults were set, and connections to
-    any repository."""
+    """Requests to a repository, those of them that met a fault since the faults were set, tokens for it, and
+    connections to any repository."""
 
     requests: int
     hits: int
+    tokens: int
     connections: int
 
 
@@ -82,11 +83,13 @@ class FaultRegistry:
 
     def set(
         self, repository: str, *faults: Mapping[str, Any], user: str = "", rate: float | None = None,
-        seed: int = 0,
+        seed: int = 0, token_life: float | None = None,
     ) -> None:  # fmt: skip
         """What requests to a repository meet from now on, as `tests.faults.Script` has it; ``user`` is
-        ``NAME:PASSWORD``."""
-        self._tell(repository=repository, faults=faults, user=user, rate=rate, seed=seed)
+        ``NAME:PASSWORD``. Where tokens have a life, in seconds, none gets in without."""
+        self._tell(
+            repository=repository, faults=faults, user=user, rate=rate, seed=seed, token_life=token_life
+        )
 
     def requests(self, repository: str) -> list[dict[str, Any]]:
         """Those that came for a repository: the kind, the reference and the range of each."""

@@ -10,10 +10,11 @@ all is in the one without a name. Bodies are held in memory.
 It says its port on standard output, as a JSON object. Commands come as such objects, one a line, on standard
 input, and each is answered by one:
 
-    {"repository": NAME, "faults": [FAULT…], "user": "NAME:PASSWORD", "rate": RATE, "seed": SEED}
-                                   from now on; see `tests.faults`
+    {"repository": NAME, "faults": [FAULT…], "user": "NAME:PASSWORD", "rate": RATE, "seed": SEED,
+     "token_life": SECONDS}        from now on; see `tests.faults`. Where tokens have a life, each needs one
     {"requests": NAME}             those that came so far
-    {"counts": NAME}               how many they were, how many met a fault; and connections, to all
+    {"counts": NAME}               how many they were, how many met a fault, how many got a token; and
+                                   connections, to all
     {"up": false}                  close the port and every connection; true opens it again
 
 The end of standard input ends it.
@@ -27,6 +28,7 @@ import re
 import sys
 import time
 from collections import defaultdict
+from datetime import UTC, datetime
 from email.utils import formatdate
 from pathlib import Path
 from typing import Any
@@ -149,9 +151,29 @@ def refusal(status: int) -> Content:
 class Repository:
     script: Script = attrs.field(factory=Script)
     user: str = ""
+    token_life: float | None = None
+    tokens: dict[str, float] = attrs.field(factory=dict)
+    """Until when each is good, by `time.monotonic`."""
     requests: list[dict[str, Any]] = attrs.field(factory=list)
 
+    def token(self) -> bytes:
+        """A new one, as a token server's answer."""
+        assert self.token_life is not None
+        token = f"token-{len(self.tokens)}"
+        self.tokens[token] = time.monotonic() + self.token_life
+        issued_at = datetime.now(UTC).isoformat()
+        return json.dumps({"token": token, "expires_in": self.token_life, "issued_at": issued_at}).encode()
+
+    def challenge(self, name: str, port: int) -> str:
+        if self.token_life is None:
+            return 'Basic realm="test"'
+        realm = f"http://127.0.0.1:{port}/token"
+        return f'Bearer realm="{realm}",service="test",scope="repository:{name}:pull"'
+
     def lets_in(self, authorization: str | None) -> bool:
+        if self.token_life is not None:
+            kind, _, token = (authorization or "").partition(" ")
+            return kind == "Bearer" and self.tokens.get(token, 0.0) > time.monotonic()
         return not self.user or authorization == "Basic " + base64.b64encode(self.user.encode()).decode()
 
 
@@ -176,13 +198,17 @@ class Registry(Resource):
 
     async def _answer(self, request: Request) -> None:
         request.notifyFinish().addErrback(lambda _: None)
+        if request.path == b"/token":
+            scope = request.args[b"scope"][0].decode()
+            send(request, Content(200, Headers(), self.repositories[scope.split(":")[1]].token()))
+            return
         path = PATH.fullmatch(request.path.decode())
         name, kind, reference = path.groups() if path else ("", "", "")
         repository = self.repositories[name]
         asked = request.getHeader("range")
         repository.requests.append({"kind": kind, "reference": reference, "range": asked})
         if not repository.lets_in(request.getHeader("authorization")):
-            request.setHeader("WWW-Authenticate", 'Basic realm="test"')
+            request.setHeader("WWW-Authenticate", repository.challenge(name, request.getHost().port))
             send(request, refusal(401))
             return
         span = RANGE.fullmatch(asked or "")
@@ -277,10 +303,18 @@ class Commands(LineOnlyReceiver):
 
     def lineReceived(self, line: bytes) -> None:
         match json.loads(line):
-            case {"repository": name, "faults": faults, "user": user, "rate": rate, "seed": seed}:
+            case {
+                "repository": name,
+                "faults": faults,
+                "user": user,
+                "rate": rate,
+                "seed": seed,
+                "token_life": token_life,
+            }:
                 repository = self._registry.repositories[name]
                 repository.script = Script([Fault(**fault) for fault in faults], rate, seed)
                 repository.user = user
+                repository.token_life = token_life
                 self._say()
             case {"requests": name}:
                 self._say(requests=self._registry.repositories[name].requests)
@@ -289,6 +323,7 @@ class Commands(LineOnlyReceiver):
                 self._say(
                     requests=len(repository.requests),
                     hits=repository.script.hits,
+                    tokens=len(repository.tokens),
                     connections=self._site.connections,
                 )
             case {"up": False}:

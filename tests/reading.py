@@ -29,6 +29,10 @@ class Reader:
         assert self._process.stdout is not None
         self._process.stdout.readline()
 
+    @property
+    def runs(self) -> bool:
+        return self._process.poll() is None
+
     def end(self, error: str = "") -> dict[str, Any]:
         """``reads``, and the ``pauses``: how long each took, in seconds, the longest first. With ``error``,
         as EIO, it must have ended by that; without, it is told to end."""

@@ -5,12 +5,12 @@
 It has imported what a daemon needs, but no reactor, and forks one for each command. Commands are JSON
 objects, one a line, on standard input; each is answered by one, ``{"pid": N}``:
 
-    {"arguments": [ARGUMENT…], "log": PATH, "steps": PATH, "die_after": STEP or null, "no_memory": PATH}
+    {"arguments": [ARGUMENT…], "log": PATH, "steps": PATH, "die_after": STEP or null, "scarcity": PATH}
 
 ``arguments`` are those of ``twistd erofs-nbd``. The daemon is an orphan when the answer comes. It writes the
 steps that it has come to into ``steps``, one a line, and kills itself by SIGKILL after ``die_after``. As long
-as there is a file ``no_memory``, it has none for its cache. The end of standard input ends this process, and
-no daemon.
+as there is a file ``scarcity``, the calls that it names find no memory; see `Scarcity`. The end of standard
+input ends this process, and no daemon.
 """
 
 from __future__ import annotations
@@ -20,15 +20,16 @@ import errno
 import functools
 import importlib
 import inspect
-import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import attrs
@@ -56,6 +57,25 @@ STEPS = (
 )
 """What may leave something behind, and what stands beside that: each is a step, known by the last word of its
 name and by how often it was taken."""
+
+CACHE_CALLS = (
+    *(
+        f"erofs_twisted.blocks.blobfile.os.{name}"
+        for name in ("open", "pread", "preadv", "pwrite", "pwritev")
+    ),
+    *(f"erofs_twisted.blocks.blobfile.os.{name}" for name in ("posix_fallocate", "memfd_create", "utime")),
+    "erofs_twisted.blocks.cachefiles.os.open",
+    "erofs_twisted.blocks.cachefiles.os.statvfs",
+)
+"""Of the cache: all that it does to its files but for bringing them on disk."""
+PAGE_CALLS = (
+    "erofs_twisted.nbd.pages.os.preadv",
+    "erofs_twisted.nbd.pages.os.pread",
+    "erofs_twisted.nbd.residency.Residency._map",
+)
+"""By which cached bytes are read and mapped for who asks for them."""
+SERVING_CALL = "erofs_twisted.nbd.serving.Serving._put_content"
+"""Answers one request."""
 
 NEEDED = (
     "erofs_twisted.tap",
@@ -108,23 +128,45 @@ class Steps:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def be_short_of_memory(path: str) -> None:
-    """As long as there is such a file, the cache has no memory: the kernel's, and this process's, in turn."""
-    from erofs_twisted.blocks.blobfile import BlobFile
+@attrs.define
+class Scarcity:
+    """While ``path`` is there, calls find no memory: ``{"calls": [NAME…], "error": NAME, "times": N}``.
 
-    turns = itertools.cycle((MemoryError(), OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))))
+    The error is ``ENOMEM``, of the kernel, or ``MemoryError``, of Python; ``times`` is how many calls it
+    hits, null all.
+    """
 
-    def short(call: Callable[..., Any]) -> Callable[..., Any]:
+    path: str
+    _hit: int = 0
+
+    def install(self) -> None:
+        for name in (*CACHE_CALLS, *PAGE_CALLS, SERVING_CALL):
+            module, is_of_os, function = name.partition(".os.")
+            if is_of_os:
+                # Of that module alone.
+                owner, attribute = importlib.import_module(module), function
+                if not isinstance(owner.os, SimpleNamespace):
+                    owner.os = SimpleNamespace(**vars(os))
+                owner = owner.os
+            else:
+                owner, attribute = _find(name)
+            setattr(owner, attribute, self._scarce(name, getattr(owner, attribute)))
+
+    def _scarce(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(call)
-        def called(*arguments: Any, **keywords: Any) -> Any:
-            if os.path.exists(path):
-                raise next(turns)
-            return call(*arguments, **keywords)
+        def scarce(*arguments: Any, **keywords: Any) -> Any:
+            try:
+                told = json.loads(Path(self.path).read_text())
+            except FileNotFoundError:
+                return call(*arguments, **keywords)
+            if name not in told["calls"] or (told["times"] is not None and self._hit >= told["times"]):
+                return call(*arguments, **keywords)
+            self._hit += 1
+            if told["error"] == "MemoryError":
+                raise MemoryError
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
 
-        return called
-
-    for name in ("write", "sync"):
-        setattr(BlobFile, name, short(getattr(BlobFile, name)))
+        return scarce
 
 
 def _find(name: str) -> tuple[Any, str]:
@@ -193,13 +235,23 @@ class WarmDaemon(Daemon):
             log=str(self.directory / "log"),
             steps=str(self.steps_file),
             die_after=self.die_after,
-            no_memory=str(self.no_memory),
+            scarcity=str(self.scarcity_file),
         )
 
     @property
-    def no_memory(self) -> Path:
-        """As long as this is there, it has none for its cache."""
-        return self.directory.with_suffix(".no-memory")
+    def scarcity_file(self) -> Path:
+        return self.directory.with_suffix(".scarcity")
+
+    @contextmanager
+    def without_memory(self, *calls: str, error: str = "ENOMEM", times: int | None = None) -> Iterator[None]:
+        """For those calls; see `Scarcity`."""
+        told = self.scarcity_file.with_suffix(".new")
+        told.write_text(json.dumps({"calls": calls, "error": error, "times": times}))
+        told.rename(self.scarcity_file)
+        try:
+            yield
+        finally:
+            self.scarcity_file.unlink()
 
     @property
     def steps_file(self) -> Path:
@@ -236,7 +288,7 @@ def main() -> None:
         os.close(reading)
 
 
-def serve(arguments: list[str], log: str, steps: str, die_after: str | None, no_memory: str) -> None:
+def serve(arguments: list[str], log: str, steps: str, die_after: str | None, scarcity: str) -> None:
     """As twistd does it."""
     os.setsid()
     for number, path in enumerate((os.devnull, log, log)):
@@ -250,7 +302,7 @@ def serve(arguments: list[str], log: str, steps: str, die_after: str | None, no_
 
     globalLogBeginner.beginLoggingTo([textFileLogObserver(sys.stderr)], redirectStandardIO=False)
     Steps(steps, die_after).install()
-    be_short_of_memory(no_memory)
+    Scarcity(scarcity).install()
     options = Options()
     options.parseOptions(arguments)
     service: Any = makeService(options)

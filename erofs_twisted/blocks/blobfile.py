@@ -44,6 +44,20 @@ _FLOCK = struct.Struct("@hhqqi0q")
 """struct flock, as fcntl(2) has it with 64-bit offsets: type, whence, start, length, pid."""
 
 
+FAILURES = (OSError, MemoryError)
+"""How a call to the kernel ends that came to nothing."""
+
+
+def is_scarcity(error: BaseException) -> bool:
+    """Is it memory that there was none of? There may be some in a moment."""
+    return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+
+
+def told(error: BaseException) -> str:
+    """In words; a MemoryError has none."""
+    return str(error) or "out of memory"
+
+
 class OtherDigest(Exception):
     """The blob's bytes have another digest than they should."""
 
@@ -176,7 +190,7 @@ class BlobFile:
         before = self._all_marks()
         try:
             os.fdatasync(self.fd)
-        except OSError as error:
+        except FAILURES as error:
             self._forget_fresh_after(error)
             raise
         after, marked = self._all_marks(), False
@@ -281,10 +295,10 @@ class BlobFile:
         for first, end in runs_of(FRESH, self._all_marks()):
             self._put_marks(first, _ABSENT * (end - first))
 
-    def _forget_fresh_after(self, error: OSError) -> None:
+    def _forget_fresh_after(self, error: BaseException) -> None:
         try:
             self._forget_fresh()
-        except OSError as worse:
+        except FAILURES as worse:
             raise DamagedFile(f"{error}, and what may be lost of it cannot be marked ({worse})") from worse
 
     def _put_marks(self, first: int, marks: bytes) -> None:

@@ -15,6 +15,7 @@ from twisted.internet.defer import Deferred
 from twisted.internet.threads import deferToThreadPool
 from twisted.logger import Logger
 
+from erofs_twisted.blocks.blobfile import FAILURES, is_scarcity, told
 from erofs_twisted.blocks.cached import CachedBlob
 from erofs_twisted.blocks.cachefiles import CacheError, CacheFiles
 from erofs_twisted.blocks.chunks import MAX_CHUNK_SIZE, Chunking, chunk_size_for
@@ -28,6 +29,8 @@ BUDGET = 256 << 20
 """The most bytes that are stored before the directory is looked at again."""
 LIMIT_SHARE = 8
 """Nor are more than one part in so many of the limit."""
+SCARCE_SECONDS = 1.0
+"""How long it is not looked for room where there was no memory to look."""
 LOOK_SECONDS = 5.0
 """How often it is looked at, at the most, while there is no room."""
 
@@ -118,7 +121,7 @@ class CacheDirectory:
     async def _room(self) -> int:
         try:
             return await self.in_thread(self.files.room)
-        except (OSError, CacheError) as error:
+        except (*FAILURES, CacheError) as error:
             self._cannot_look(error)
             return 0
 
@@ -136,8 +139,11 @@ class CacheDirectory:
         left, refused, self._refused = self._left, self._refused, 0
         try:
             room = await self.in_thread(self.files.make_room, wanted, disk_is_full=disk_is_full)
-        except (OSError, CacheError) as error:
+        except (*FAILURES, CacheError) as error:
             self._cannot_look(error)
+            if is_scarcity(error):
+                self._not_before = self.reactor.seconds() + SCARCE_SECONDS
+                return
             room = 0
         finally:
             self._looking = False
@@ -158,4 +164,6 @@ class CacheDirectory:
         self._full = full
 
     def _cannot_look(self, error: Exception) -> None:
-        self._log.error("cannot look into the cache directory {path}: {error}", path=self.path, error=error)
+        self._log.error(
+            "cannot look into the cache directory {path}: {error}", path=self.path, error=told(error)
+        )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from twisted.internet.defer import Deferred, DeferredLock, fail, succeed
 from twisted.logger import Logger
 
-from erofs_twisted.blocks.blobfile import BlobFile, OtherDigest, Synced
+from erofs_twisted.blocks.blobfile import FAILURES, BlobFile, OtherDigest, Synced, is_scarcity, told
 from erofs_twisted.blocks.cachefiles import NO_SPACE
 from erofs_twisted.blocks.chunks import FRESH, ChunkMap
 from erofs_twisted.blocks.header import DamagedFile
@@ -63,7 +63,7 @@ class CachedBlob:
 
     def store(self, first: int, pieces: Sequence[bytes | memoryview]) -> bool:
         """Keep whole chunks, from ``first`` on, for every process. They are there if this returns True, else
-        they could not be kept (disk full, or no memory)."""
+        they could not be kept (disk full)."""
         if self._closing or self._lost or self.error:
             return False
         length = sum(map(len, pieces))
@@ -75,12 +75,12 @@ class CachedBlob:
         except DamagedFile as error:
             self._lose(str(error))
             return False
-        except (OSError, MemoryError) as error:
+        except FAILURES as error:
             if not self._writes_fail:
                 self._log.error(
                     "cannot write to the cache file {path}: {error}; what is read now is not kept",
                     path=self._path,
-                    error=str(error) or "no memory",
+                    error=told(error),
                 )
             self._writes_fail = True
             if isinstance(error, OSError) and error.errno in NO_SPACE:
@@ -100,7 +100,7 @@ class CachedBlob:
             return False
         try:
             marks = self._file.read_marks(first, end)
-        except OSError:
+        except FAILURES:
             return False
         if not self.chunks.take_over(first, marks):
             return False
@@ -179,11 +179,11 @@ class CachedBlob:
                 await self._poison(str(error))
             except DamagedFile as error:
                 self._lose(str(error))
-            except (OSError, MemoryError) as error:
+            except FAILURES as error:
                 self._log.error(
                     "cannot flush the cache file {path}: {error}; what was not safe is fetched again",
                     path=self._path,
-                    error=str(error) or "no memory",
+                    error=told(error),
                 )
                 await self._keep_what_is_safe()
             else:
@@ -206,8 +206,13 @@ class CachedBlob:
     async def _keep_what_is_safe(self) -> None:
         try:
             safe = await self._directory.in_thread(self._file.present)
-        except (OSError, DamagedFile) as error:
-            self._lose(str(error))
+        except (*FAILURES, DamagedFile) as error:
+            if not is_scarcity(error):
+                self._lose(str(error))
+                return
+            # The marks tell what is safe, and the next flush looks at them.
+            self.chunks.clear()
+            self._unsafe = True
         else:
             self.chunks.keep(safe)
 
@@ -228,16 +233,16 @@ class CachedBlob:
         return self._verifying
 
     async def _verify(self) -> None:
-        error: ReadError | None
+        error: ReadError | None = ReadError(f"the blob {self.digest} could not be verified")
         try:
             error = await self._verified()
         finally:
             waiting, self._verifying = self._verifying or [], None
-        for done in waiting:
-            if error is None:
-                done.callback(None)
-            else:
-                done.errback(error)
+            for done in waiting:
+                if error is None:
+                    done.callback(None)
+                else:
+                    done.errback(error)
 
     async def _verified(self) -> ReadError | None:
         """Verify; the error if it came to nothing."""
@@ -253,9 +258,10 @@ class CachedBlob:
                 self._log.info("the blob {digest} is complete, its digest is right", digest=self.digest)
                 return None
             return ReadError(f"the blob {self.digest} was closed before it was verified")
-        except OSError as error:
-            self._log.error("cannot verify the cache file {path}: {error}", path=self._path, error=error)
-            return ReadError(f"the blob {self.digest} cannot be verified: {error}")
+        except FAILURES as error:
+            reason = told(error)
+            self._log.error("cannot verify the cache file {path}: {error}", path=self._path, error=reason)
+            return ReadError(f"the blob {self.digest} cannot be verified: {reason}")
         except OtherDigest as mismatch:
             return await self._poison(str(mismatch))
 

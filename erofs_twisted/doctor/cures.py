@@ -26,6 +26,7 @@ from erofs_twisted.doctor.search import (
     users_of,
 )
 from erofs_twisted.errors import ErofsTwistedError, MountError
+from erofs_twisted.leftovers import forget
 from erofs_twisted.mount.mountinfo import mount_at
 from erofs_twisted.mount.mountpoint import mounts_here
 from erofs_twisted.reattaching import start
@@ -114,7 +115,10 @@ class Cures:
         directory = self.journal.directory(repair.target)
         self._clear_fuse(directory)
         try:
-            self.journal.forget(repair.target)
+            if record is None:
+                self.journal.forget(repair.target)
+            else:
+                forget(self.journal, record)
         except BlockingIOError as error:
             raise MountError(f"{repair.target}: a daemon has just started") from error
 

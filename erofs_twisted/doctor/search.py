@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import re
 import stat
 from collections.abc import Iterator, Sequence, Set
 from contextlib import suppress
@@ -32,7 +31,7 @@ from erofs_twisted.mount.mountinfo import Mount, mount_at
 from erofs_twisted.mount.mountpoint import mounts_here
 from erofs_twisted.ownerport import is_dead
 from erofs_twisted.state.journal import DAMAGED, RECORD, boot_id, daemon_runs
-from erofs_twisted.state.records import MountRecord, RecordError
+from erofs_twisted.state.records import MountRecord, RecordError, is_record_name
 from erofs_twisted.state.takeover import make_plan
 
 PROC = Path("/proc")
@@ -224,7 +223,7 @@ def _fuse_directories(
 def _vacant(state_dir: Path) -> Iterator[Path]:
     for path in sorted(state_dir.glob("*")):
         with suppress(OSError):
-            is_a_mounts = re.fullmatch(r"(.*-)?[0-9a-f]{12}", path.name) and path.is_dir()
+            is_a_mounts = is_record_name(path.name) and path.is_dir()
             if is_a_mounts and not os.listdir(path) and not is_held_by_a_daemon(path):
                 yield path
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import platform
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,12 @@ class Mountpoint:
 def mounts_here() -> list[Mount]:
     """All mounts of this mount namespace. It blocks."""
     return parse_mountinfo(MOUNTINFO.read_bytes())
+
+
+def remove_empty(path: str) -> None:
+    """Remove a directory, unless something is in it, or mounted on it. It blocks."""
+    with suppress(OSError):
+        os.rmdir(path)
 
 
 def _prepare(path: str, make: bool) -> tuple[str, bool]:

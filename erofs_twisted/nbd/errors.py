@@ -42,6 +42,8 @@ def wire_error(error: BaseException) -> WireError:
     It is EIO but for the few errno that say more. EPERM, EINVAL, ENOSPC and EOVERFLOW speak of a request, so
     that a system call which failed here with one of them is EIO too.
     """
+    if isinstance(error, MemoryError):
+        return WireError.ENOMEM
     number = error.errno if isinstance(error, OSError) else None
     return WireError.EIO if number is None else _TOLD.get(number, WireError.EIO)
 
@@ -50,9 +52,11 @@ def wire_message(error: BaseException) -> str:
     """What a client may be told about ``error``: its text if that is meant for people, else only its kind."""
     if isinstance(error, (ErofsTwistedError, OSError)):
         return str(error)
+    if isinstance(error, MemoryError):
+        return "out of memory"
     return f"internal error ({type(error).__name__})"
 
 
 def is_expected(error: BaseException) -> bool:
-    """Whether ``error`` is one that a served export may raise, so that its text is all the log needs."""
-    return isinstance(error, (ReadError, OSError))
+    """Whether ``error`` is one that a read may end with, so that its text is all the log needs."""
+    return isinstance(error, (ReadError, OSError, MemoryError))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -36,6 +37,9 @@ PIECE = 1 << 20
 
 PATIENCE = 1.0
 """Seconds that the end waits for threads; those that a disk holds longer are left to it."""
+
+SCARCE = (0.1, 0.2, 0.4, 0.8, 1.6)
+"""Seconds that a thread waits before it tries again where the kernel has no memory for what it reads."""
 
 _NOWAIT = os.RWF_NOWAIT
 
@@ -234,8 +238,15 @@ def _cannot_tell(offset: int, length: int) -> bool:
 
 
 def _read_and_close(fd: int, offset: int, length: int, keep: bool) -> bytearray | None:
+    pauses = iter(SCARCE)
     try:
-        return _read(fd, offset, length, keep)
+        while True:
+            try:
+                return _read(fd, offset, length, keep)
+            except OSError as error:
+                if error.errno != errno.ENOMEM or (pause := next(pauses, None)) is None:
+                    raise
+                time.sleep(pause)
     except OSError as error:
         raise ReadError(f"cannot read {_name(fd)}: {error.strerror}") from error
     finally:

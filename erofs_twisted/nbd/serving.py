@@ -303,7 +303,7 @@ class Serving:
             "export": self._export.name,
             "offset": request.offset,
             "length": request.length,
-            "reason": str(error),
+            "reason": str(error) or wire_message(error),
         }
         if is_expected(error):
             self._log.error(said, **about)

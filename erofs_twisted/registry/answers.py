@@ -12,6 +12,7 @@ from erofs_twisted.registry.body import read_body
 from erofs_twisted.registry.errors import AccessDenied, Busy, NotInRegistry, RegistryError, TransferFailed
 from erofs_twisted.registry.retry import parse_retry_after
 from erofs_twisted.registry.urls import redacted
+from erofs_twisted.steadyclock import unix_time
 
 MAX_ERROR_BODY = 8 * 1024
 TEMPORARY = frozenset({408, 425, 429, 499, 500, 502, 503, 504}) | frozenset(range(520, 531))
@@ -31,7 +32,7 @@ async def status_error(response: IResponse, url: str, clock: IReactorTime, secon
     if response.code not in TEMPORARY:
         return TransferFailed(text)
     wait = response.headers.getRawHeaders("Retry-After", [""])[0]
-    retry_after = parse_retry_after(wait, clock.seconds())
+    retry_after = parse_retry_after(wait, unix_time(clock))
     kind = Busy if response.code in (429, 503) or retry_after is not None else TransferFailed
     return kind(text, temporary=True, retry_after=retry_after)
 

@@ -13,6 +13,7 @@ from twisted.internet.defer import TimeoutError as TimedOut
 from twisted.internet.interfaces import IReactorTime
 
 from erofs_twisted.registry.signedurl import lifetime
+from erofs_twisted.steadyclock import unix_time
 
 RENEW_AT = 0.75
 """The part of a URL's life after which a new one is asked for, while the old one still serves."""
@@ -43,8 +44,8 @@ class _Redirect:
     ends_at: float
 
     @classmethod
-    def received(cls, url: str, now: float) -> _Redirect:
-        life = lifetime(url, now)
+    def received(cls, url: str, clock: IReactorTime) -> _Redirect:
+        life, now = lifetime(url, unix_time(clock)), clock.seconds()
         if life is None:
             return cls(url, float("inf"), float("inf"))
         return cls(url, now + max(life * RENEW_AT, life - RENEW_BEFORE), now + life)
@@ -89,7 +90,7 @@ class BlobLocation:
         """The bytes come from ``url``, where the registry sent us to; None: from the registry."""
         if way.url is None:
             self._is_direct = url is None
-            self._redirect = None if url is None else _Redirect.received(url, self._clock.seconds())
+            self._redirect = None if url is None else _Redirect.received(url, self._clock)
             self._wake()
         self.settle(way)
 

@@ -37,8 +37,9 @@ class Token:
         return attrs.evolve(self, refresh_at=now + max((self.expires_at - now) / 2, SPARED))
 
 
-def parse_token(body: bytes, now: float) -> Token:
-    """The token in a token server's answer that was received at ``now``, in Unix time.
+def parse_token(body: bytes, now: float, unix_now: float) -> Token:
+    """The token in a token server's answer that was received at ``now``, by the clock that its times are to
+    be of, and at ``unix_now`` by the one that tells Unix time.
 
     Raises `TransferFailed` where there is none.
     """
@@ -52,7 +53,7 @@ def parse_token(body: bytes, now: float) -> Token:
     if not isinstance(value, str) or not _TOKEN.fullmatch(value):
         raise TransferFailed("the token server's answer holds no token")
     lifetime = _lifetime(answer.get("expires_in"))
-    age = now - (_issued_at(answer.get("issued_at")) or now)
+    age = unix_now - (_issued_at(answer.get("issued_at")) or unix_now)
     # A token that is too old on arrival, or comes from the future, tells of two clocks that disagree.
     received = now - age if 0 <= age < lifetime else now
     rotated = answer.get("refresh_token")

@@ -26,6 +26,7 @@ from erofs_twisted.registry.errors import AccessDenied, RegistryError, TransferF
 from erofs_twisted.registry.tokens import Token, parse_token
 from erofs_twisted.registry.transport import Transport
 from erofs_twisted.registry.urls import with_parameters
+from erofs_twisted.steadyclock import unix_time
 
 MAX_ANSWER = 64 * 1024
 SECONDS = 15.0
@@ -90,7 +91,7 @@ class TokenServer:
             error = await status_error(response, self.realm, clock, SECONDS)
             raise _refusal(error, held, response.code)
         body = await read_body(response, MAX_ANSWER, clock, SECONDS)
-        token = parse_token(body, clock.seconds())
+        token = parse_token(body, clock.seconds(), unix_time(clock))
         if token.refresh_token is not None and isinstance(held, IdentityToken):
             self._rotated = held, token.refresh_token
         return token

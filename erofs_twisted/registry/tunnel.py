@@ -24,6 +24,7 @@ from erofs_twisted.registry.errors import InvalidHeader, TransferFailed, Unreach
 from erofs_twisted.registry.failures import NETWORK_FAILURES, is_cancellation
 from erofs_twisted.registry.proxies import Proxy
 from erofs_twisted.registry.proxyfailures import connection_failure, refusal
+from erofs_twisted.steadyclock import unix_time
 
 REPLY_TIMEOUT = 10.0
 """Seconds for a proxy to connect to the far end, and to say so."""
@@ -61,7 +62,7 @@ class Tunnel:
                 f"the proxy {self._proxy.url} answers CONNECT by {error} (is {self._proxy.variable} right?)"
             ) from error
         except _Refused as error:
-            raise refusal(self._proxy, self._target, error.reply, self._clock.seconds()) from None
+            raise refusal(self._proxy, self._target, error.reply, unix_time(self._clock)) from None
 
     def _timed_out(self) -> Unreachable:
         return Unreachable(

@@ -7,7 +7,7 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,8 @@ import attrs
 from twisted.logger import Logger
 
 from erofs_twisted.errors import MountError
-from erofs_twisted.files import replace_file, sync_directory
-from erofs_twisted.state.records import MountRecord, RecordError, Status, record_name
+from erofs_twisted.files import UNFINISHED, make_directory, remove_unfinished, replace_file, sync_directory
+from erofs_twisted.state.records import MountRecord, RecordError, Status, is_record_name, record_name
 
 RECORD = "record.json"
 DAMAGED = "record.damaged"
@@ -61,10 +61,10 @@ class MountState:
         self.record = attrs.evolve(self.record, **changes)
         if self.record == self._written:
             return
+        # It may fail with the new one in place.
+        self._written = None
         try:
             replace_file(str(self.path / RECORD), self.record.to_json(), durable=True)
-            if self._written is None:
-                sync_directory(str(self.path.parent))
         except OSError as error:
             raise MountError(
                 f"--state-dir {self.path.parent}: {error.strerror}: {self.record.mountpoint} cannot be "
@@ -85,12 +85,12 @@ class MountState:
         self._lock = -1
 
     def release(self, failure: str | None = None) -> None:
-        """Give the mount up, leaving nothing; with ``failure``, only the record that tells why, for whoever
-        waits for the mount, and what it has left."""
+        """Give the mount up, leaving nothing, for good when this returns; with ``failure``, only the record
+        that tells why, for whoever waits for the mount, and what it has left."""
         if self._lock < 0:
             return
         if failure is None:
-            shutil.rmtree(self.path, ignore_errors=True)
+            _remove(self.path)
         else:
             self.note(status=Status.FAILED, reason=failure)
         os.close(self._lock)
@@ -135,6 +135,8 @@ class Journal:
             ) from error
         started = process_started(os.getpid())
         assert started is not None, "this process runs"
+        with contextlib.suppress(OSError):
+            remove_unfinished(path)
         before = self._before(mountpoint)
         record = MountRecord(
             mountpoint=mountpoint,
@@ -173,13 +175,34 @@ class Journal:
                 f"--state-dir {self.state_dir}: {error.strerror}; run as the user who mounted it"
             ) from error
 
-    def forget(self, mountpoint: str) -> None:
-        """Drop what a daemon that has ended left of a mount. Raises OSError where a daemon still holds it."""
+    def forget(self, mountpoint: str, first: Callable[[], object] = lambda: None) -> None:
+        """Drop what a daemon that has ended left of a mount, after ``first`` was done, which no other daemon
+        for it disturbs. Raises OSError where a daemon still holds it."""
         path = self.directory(mountpoint)
         with contextlib.suppress(FileNotFoundError):
             lock = self._lock(path, make=False)
-            shutil.rmtree(path, ignore_errors=True)
-            os.close(lock)
+            try:
+                first()
+                _remove(path)
+            finally:
+                os.close(lock)
+
+    def tidy(self) -> None:
+        """Remove what a kill or a crash has left without a record: directories, and records half written."""
+        with contextlib.suppress(OSError):
+            for path in self.state_dir.iterdir():
+                if is_record_name(path.name) and _is_untidy(path):
+                    self._tidy(path)
+
+    def _tidy(self, path: Path) -> None:
+        with contextlib.suppress(OSError):  # a daemon has it, or there is more in it
+            lock = self._lock(path, make=False)
+            try:
+                remove_unfinished(path)
+                if not (path / RECORD).exists():
+                    path.rmdir()
+            finally:
+                os.close(lock)
 
     def records(self) -> list[MountRecord]:
         """Of all mounts, by mount point. One that is damaged is passed over, with a warning."""
@@ -213,9 +236,9 @@ class Journal:
     def _lock(self, path: Path, make: bool = True) -> int:
         """Lock a mount's directory: the one that has that name, though others come and go meanwhile."""
         while True:
-            if make:
-                path.mkdir(mode=0o700, parents=True, exist_ok=True)
             try:
+                if make:
+                    make_directory(path)
                 lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             except FileNotFoundError:
                 if make:
@@ -231,6 +254,17 @@ class Journal:
                 os.close(lock)
                 raise
             os.close(lock)
+
+
+def _is_untidy(path: Path) -> bool:
+    return not (path / RECORD).exists() or any(path.glob(f"{UNFINISHED}*"))
+
+
+def _remove(path: Path) -> None:
+    # A mount that was given up, and is on record again after a crash, would be made anew.
+    shutil.rmtree(path, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        sync_directory(path.parent)
 
 
 def daemon_runs(record: MountRecord) -> bool:

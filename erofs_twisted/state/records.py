@@ -102,6 +102,11 @@ _KINDS: Mapping[str, type[Any]] = {
 }
 
 
+def is_record_name(name: str) -> bool:
+    """May `record_name` have made it?"""
+    return re.fullmatch(r"(.*-)?[0-9a-f]{12}", name) is not None
+
+
 def record_name(mountpoint: str) -> str:
     """The name of a mount's own directory: readable, unique, and short, as a socket's path is limited."""
     readable = re.sub(r"[^A-Za-z0-9]+", "-", mountpoint).strip("-")[-20:].strip("-")

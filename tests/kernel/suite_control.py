@@ -13,6 +13,7 @@ from http.client import HTTPException
 from pathlib import Path
 from urllib.parse import quote
 
+from erofs_twisted.state.records import record_name
 from tests.controlled import Controlled
 from tests.daemon import DaemonTestCase, FaultRegistry, mounts, nbd_devices_in_use, run, until
 from tests.images import EROFS, Layout, build_erofs
@@ -86,6 +87,51 @@ class SharingTests(ControlTestCase):
         self.assert_all_gone()
 
 
+class FuseTests(ControlTestCase):
+    attach = "fuse"
+
+    def nbdfuse_of(self, path: Path) -> int:
+        """The process that shows the image of a mount as a file."""
+        name = record_name(str(path))
+        (pid,) = [
+            int(process.name)
+            for process in Path("/proc").glob("[0-9]*")
+            if (words := (process / "cmdline").read_bytes().split(b"\0"))[0].endswith(b"nbdfuse")
+            and any(f"/{name}/".encode() in word for word in words)
+        ]
+        return pid
+
+    def listed(self) -> dict[str, str]:
+        listed = json.loads(self.controlled.erofs_nbd("ls", "--json").stdout)
+        return {each["mountpoint"]: each["status"] for each in listed}
+
+    def test_one_whose_nbdfuse_is_killed_ends_and_the_others_go_on(self) -> None:
+        one = self.controlled.mount(self.registry.image("one"), "one")
+        two = self.controlled.mount(self.registry.image("two"), "two")
+        other = self.controlled.mount(self.registry.image("other", "plain"), "other")
+        struck, *readers = [
+            Reader(path / BIG, scenery().tree / BIG, seed) for seed, path in enumerate((one, two, other))
+        ]
+        for reader in (struck, *readers):
+            self.addCleanup(reader.kill)
+        time.sleep(1)
+        os.kill(self.nbdfuse_of(one), signal.SIGKILL)
+        struck.end("EIO")
+        until("its mount has ended", lambda: not any(mount.path == str(one) for mount in mounts()))
+        until("it is off the record", lambda: str(one) not in self.listed())
+        self.assertEqual({str(two): "ready", str(other): "ready"}, self.listed())
+        status = self.controlled.erofs_nbd("status", one)
+        self.assertEqual(1, status.returncode)
+        self.assertIn(f"{one} is no mount of this daemon's", status.stderr)
+        self.assertIn("was disconnected by somebody else", self.controlled.log)
+        self.controlled.mount(self.registry.image("one"), "one")
+        for reader in readers:
+            self.assertGreater(reader.end()["reads"], 0)
+        self.assert_whole(one, two, other)
+        self.assertEqual({str(path): "ready" for path in (one, two, other)}, self.listed())
+        self.assert_all_gone()
+
+
 class KillTests(ControlTestCase):
     def test_after_a_kill_all_mounts_go_on_without_an_error(self) -> None:
         paths = [
@@ -112,7 +158,9 @@ class KillTests(ControlTestCase):
 
     def test_what_it_left_is_cleared_away_mount_by_mount(self) -> None:
         before = nbd_devices_in_use()
-        one = self.controlled.mount(self.registry.image("one"), "one")
+        one = self.controlled.directory / "made"
+        done = self.controlled.erofs_nbd("mount", self.registry.image("one"), one, "--mkdir")
+        self.assertEqual((0, ""), (done.returncode, done.stderr))
         two = self.controlled.mount(self.registry.image("two"), "two")
         three = self.controlled.mount(self.registry.image("three", "plain"), "three")
         self.controlled.kill()
@@ -120,6 +168,7 @@ class KillTests(ControlTestCase):
         self.assertEqual(0, self.controlled.erofs_nbd("umount", three).returncode)
         self.assertEqual(1, len(nbd_devices_in_use() - before), "though it was not mounted any more")
         self.assertEqual(0, self.controlled.erofs_nbd("umount", one).returncode)
+        self.assertFalse(one.exists(), "it was made for the mount")
         self.assertEqual(1, len(nbd_devices_in_use() - before), "the other one is mounted from it")
         self.assertEqual(0, self.controlled.erofs_nbd("umount", two).returncode)
         self.assert_nothing_left()

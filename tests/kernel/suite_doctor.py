@@ -132,8 +132,10 @@ class DoctorTests(DaemonTestCase):
         self.assertEqual(0, status)
         self.assert_nothing_left(daemon)
 
-    def test_a_mount_whose_device_is_gone_is_unmounted(self) -> None:
-        daemon = self.mounted(self.registry.image("bereft"))
+    def test_a_mount_whose_device_is_gone_is_unmounted_and_the_directory_made_for_it_removed(self) -> None:
+        daemon = self.daemon(self.registry.image("bereft"), "--mkdir")
+        daemon.mountpoint.rmdir()
+        daemon.start()
         device = daemon.ready().device
         self.kill(daemon)
         self.assertEqual(0, run(tool("nbd-client"), "-d", device).returncode)
@@ -143,6 +145,7 @@ class DoctorTests(DaemonTestCase):
         status, found = self.doctor(daemon.state_dir, "--fix")
         where = str(daemon.mountpoint)
         self.assertEqual((0, [("unmount", where), ("forget", where)]), (status, self.done(found)))
+        self.assertFalse(daemon.mountpoint.exists())
         until("device", lambda: nbd_devices_in_use() == self._devices_before)
         self.assert_nothing_left(daemon)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import signal
 import time
-from pathlib import Path
 
 from tests.daemon import DaemonTestCase, mount_of, run, until
 from tests.reading import Reader
@@ -14,13 +13,8 @@ from tests.servers import tool
 from tests.warm import WarmDaemon, warm_process
 
 READERS = 2
-HOUR = 3600.0
 STOPPED = 10.0
 REQUEUED = 2.5
-
-
-def shift_clock(seconds: float) -> None:
-    time.clock_settime(time.CLOCK_REALTIME, time.time() + seconds)
 
 
 class FaultTests(DaemonTestCase):
@@ -28,14 +22,12 @@ class FaultTests(DaemonTestCase):
         warm_process()
         super().setUp()
 
-    def read_all_along(self, repository: str, *, no_memory: bool = False) -> tuple[WarmDaemon, list[Reader]]:
-        """A mount, and readers of it; with ``no_memory``, the daemon has none for its cache."""
+    def read_all_along(self, repository: str) -> tuple[WarmDaemon, list[Reader]]:
+        """A mount, and readers of it."""
         daemon = WarmDaemon(
             self.directory / "d", self.registry.image(repository), ("--attach", "nbd", "--fill", "off")
         )
         self._daemons.append(daemon)
-        if no_memory:
-            daemon.no_memory.touch()
         daemon.start()
         daemon.ready()
         readers = [Reader(daemon.mountpoint / BIG, scenery().tree / BIG, seed) for seed in range(READERS)]
@@ -54,35 +46,6 @@ class FaultTests(DaemonTestCase):
             longest = reader.end()["pauses"][0]
             self.assertGreater(longest, STOPPED - 1)
             self.assertLess(longest, STOPPED + 1)
-        daemon.signal(signal.SIGTERM)
-        self.assert_ends_well(daemon)
-
-    def test_a_clock_that_jumps_by_an_hour_either_way_is_not_noticed(self) -> None:
-        if "User Mode Linux" not in Path("/proc/cpuinfo").read_text():
-            self.skipTest("the clock is this machine's own: only a guest's is for a test to set")
-        daemon, readers = self.read_all_along("clock")
-        self.addCleanup(shift_clock, HOUR)
-        for hours in (1, -2):
-            shift_clock(hours * HOUR)
-            time.sleep(1)
-            waited = daemon.erofs_nbd("wait")
-            self.assertEqual((0, ""), (waited.returncode, waited.stderr))
-        for reader in readers:
-            found = reader.end()
-            self.assertGreater(found["reads"], 0)
-            self.assertLess(found["pauses"][0], REQUEUED)
-        daemon.signal(signal.SIGTERM)
-        self.assert_ends_well(daemon)
-
-    def test_without_memory_for_the_cache_reads_go_on_and_it_is_used_again_later(self) -> None:
-        daemon, readers = self.read_all_along("no-memory", no_memory=True)
-        daemon.says("what is read now is not kept")
-        time.sleep(1)
-        daemon.no_memory.unlink()
-        daemon.says("can be written again")
-        for reader in readers:
-            self.assertGreater(reader.end()["reads"], 0)
-        self.assertNotIn("Traceback", daemon.log)
         daemon.signal(signal.SIGTERM)
         self.assert_ends_well(daemon)
 

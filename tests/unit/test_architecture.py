@@ -136,6 +136,7 @@ FLOORS: dict[int, list[str]] = {
         "ownerport",
         "handover",
         "pool",
+        "steadyclock",
         "device.netlink",
         "device.driver",
         "device.loop",
@@ -194,7 +195,7 @@ FLOORS: dict[int, list[str]] = {
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 ROOTS = {"", "errors", "interfaces"}
-CORRIDOR = {"syscalls", "pool", "files", "ownerport"}
+CORRIDOR = {"syscalls", "pool", "files", "ownerport", "steadyclock"}
 """Of floor 1, and open to all of its rooms."""
 NO_IO = {"twisted", "treq", "socket", "os", "time", "threading", "subprocess", "asyncio", "select"}
 

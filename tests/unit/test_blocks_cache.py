@@ -12,6 +12,7 @@ from twisted.logger import LogLevel, globalLogPublisher
 from twisted.trial.unittest import SynchronousTestCase
 
 from erofs_twisted.blocks import blobfile, header
+from erofs_twisted.blocks.blobfile import BlobFile
 from erofs_twisted.blocks.cache import CacheDirectory
 from erofs_twisted.blocks.cached import FLUSH_SECONDS, CachedBlob, CorruptBlob
 from erofs_twisted.blocks.cachefiles import CacheError
@@ -27,7 +28,7 @@ COUNT = 6
 
 
 class BrokenSystem:
-    """The module os, of which some functions fail."""
+    """The module os, of which some functions fail. With the code 0, Python itself has no memory for them."""
 
     def __init__(self, *broken: str, code: int = errno.ENOSPC) -> None:
         self.broken = broken
@@ -35,7 +36,7 @@ class BrokenSystem:
 
     def __getattr__(self, name: str) -> Any:
         def fail(*_: Any, **__: Any) -> None:
-            raise OSError(self.code, os.strerror(self.code))
+            raise OSError(self.code, os.strerror(self.code)) if self.code else MemoryError
 
         return fail if name in self.broken else getattr(os, name)
 
@@ -526,23 +527,34 @@ class DiskTests(CacheCase):
         self.store(cached, 0, 1)
         self.assertEqual(1, len(self.logged(LogLevel.info)))
 
-    def test_no_memory_is_as_no_space_but_evicts_nothing(self) -> None:
-        def fail(*_: object) -> None:
-            raise MemoryError
+    def test_where_there_is_no_memory_for_a_while_nothing_is_kept_and_the_file_is_used_again(self) -> None:
+        for code in (errno.ENOMEM, 0):
+            cached = self.open()
+            self.store(cached, 0)
+            self.patch(blobfile, "os", BrokenSystem("pwritev", "pread", "preadv", "open", code=code))
+            self.assertFalse(cached.store(1, [DATA[CHUNK : 2 * CHUNK]]))
+            self.assertFalse(cached.refresh(0, COUNT))
+            self.successResultOf(cached.flush())
+            self.assertEqual([], self.present(cached), "it cannot be told what is safe")
+            self.patch(blobfile, "os", os)
+            self.successResultOf(cached.flush())
+            self.assertEqual([0], self.present(cached))
+            self.store(cached, 1)
+            self.successResultOf(cached.close())
+            self.assertEqual([], self.logged(LogLevel.critical))
+            self.file().unlink()
 
-        cached = self.open()
-        self.store(cached, 0)
-        self.successResultOf(cached.flush())
-        broken = [self.patch(blobfile.BlobFile, name, fail) for name in ("write", "sync")]
-        self.assertFalse(cached.store(1, [b"x" * CHUNK]))
-        cached._unsafe = True
-        self.successResultOf(cached.flush())
-        for each in broken:
-            each.restore()
-        self.assertEqual([0], self.present(cached))
-        self.assertEqual(2, len(self.logged(LogLevel.error)))
-        self.store(cached, 1)
-        self.assertEqual([0, 1], self.present(cached))
+    def test_where_there_is_no_memory_to_sync_what_was_fresh_is_fetched_again(self) -> None:
+        for code in (errno.ENOMEM, 0):
+            cached = self.open()
+            self.store(cached, 0)
+            self.patch(blobfile, "os", BrokenSystem("fdatasync", code=code))
+            self.successResultOf(cached.flush())
+            self.assertEqual([], self.present(cached))
+            self.patch(blobfile, "os", os)
+            self.store(cached, 0)
+            self.successResultOf(cached.close())
+            self.file().unlink()
 
     def test_a_short_write_goes_on_where_it_stopped(self) -> None:
         class ShortWrites(BrokenSystem):
@@ -600,6 +612,37 @@ class VerifyTests(CacheCase):
         self.events.clear()
         self.open()
         self.assertEqual(1, len(self.logged(LogLevel.info)))
+
+    def test_without_memory_to_hash_it_who_waits_is_told_and_it_is_hashed_when_it_is_asked_for_again(
+        self,
+    ) -> None:
+        for code in (errno.ENOMEM, 0):
+            self.patch(blobfile, "os", BrokenSystem("preadv", code=code))
+            cached = self.open()
+            self.store(cached, *range(COUNT))
+            asked = self.verify(cached)
+            self.failureResultOf(asked, ReadError)
+            self.patch(blobfile, "os", os)
+            self.successResultOf(self.verify(cached))
+            self.successResultOf(cached.close())
+            self.file().unlink()
+
+    def test_who_waits_for_the_hash_and_who_closes_are_told_whatever_goes_wrong(self) -> None:
+        self.patch(BlobFile, "verify", lambda *_: 1 / 0)
+        cached = self.open()
+        self.pool.held = []
+        self.store(cached, *range(COUNT))
+        asked, closed = cached.verify(), cached.close()
+        self.pool.run()
+        self.failureResultOf(asked, ReadError)
+        self.successResultOf(closed)
+        self.assertEqual(1, len(self.flushLoggedErrors(ZeroDivisionError)))
+
+    def verify(self, cached: CachedBlob) -> Deferred[None]:
+        self.pool.held = []
+        asked = cached.verify()
+        self.pool.run()
+        return asked
 
     def test_an_incomplete_blob_cannot_be_verified(self) -> None:
         self.failureResultOf(self.open().verify(), ReadError)

@@ -7,13 +7,14 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import attrs
 from twisted.logger import LogLevel, globalLogPublisher
 from twisted.trial.unittest import SynchronousTestCase
 
 from erofs_twisted.blocks import blobfile, cachefiles
-from erofs_twisted.blocks.cache import LOOK_SECONDS, CacheDirectory
+from erofs_twisted.blocks.cache import LOOK_SECONDS, SCARCE_SECONDS, CacheDirectory
 from erofs_twisted.blocks.cached import CachedBlob
 from erofs_twisted.blocks.cachefiles import RESERVE_MOST, CacheError, Entry
 from tests.unit.blobs import ThreadlessPool, ThreadlessReactor, blob, digest_of
@@ -215,6 +216,16 @@ class LimitTests(RoomCase):
         os.chmod(self.path, 0o777)
         self.assertLess(self.fill(cached, 1), COUNT)
         self.assertEqual(1, len(self.logged(LogLevel.error)))
+
+    def test_where_there_was_no_memory_to_look_it_is_looked_again_soon(self) -> None:
+        directory = self.directory(None)
+        cached = self.open(1, directory)
+        directory._left = 0
+        with mock.patch.object(FakeDisk, "statvfs", side_effect=MemoryError):
+            self.assertEqual(0, self.fill(cached, 1))
+        self.assertEqual([], self.logged(LogLevel.warn))
+        self.reactor.advance(SCARCE_SECONDS)
+        self.assertEqual(COUNT, self.fill(cached, 1))
 
 
 class ReserveTests(RoomCase):

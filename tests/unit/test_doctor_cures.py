@@ -143,6 +143,38 @@ class FileTests(CuresTestCase):
         self.assert_done(FORGET)
         self.assertFalse(directory.exists())
 
+    def made(self, made: bool) -> tuple[Path, Repair]:
+        """A mount point on record as made for it or not, and what forgets that."""
+        mountpoint = Path(self.mktemp()).absolute()
+        mountpoint.mkdir()
+        state = self.journal.claim(str(mountpoint), "registry.example/app")
+        state.update(pid_started=state.record.pid_started - 1, made=made)
+        state.leave()
+        return mountpoint, Repair(act=Act.FORGET, target=str(mountpoint))
+
+    def test_a_directory_that_was_made_for_the_mount_goes_with_its_record(self) -> None:
+        mountpoint, forget = self.made(True)
+        self.assert_done(forget)
+        self.assertFalse(mountpoint.exists())
+
+    def test_one_that_was_there_before_or_is_not_empty_stays(self) -> None:
+        there_before, forget = self.made(False)
+        self.assert_done(forget)
+        self.assertTrue(there_before.exists())
+        used, forget = self.made(True)
+        (used / "file").touch()
+        self.assert_done(forget)
+        self.assertEqual(["file"], os.listdir(used))
+        self.assertIsNone(self.journal.read(str(used)))
+
+    def test_it_stays_where_a_daemon_has_just_taken_it(self) -> None:
+        mountpoint, forget = self.made(True)
+        lock = os.open(self.journal.directory(str(mountpoint)), os.O_RDONLY)
+        self.addCleanup(os.close, lock)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        self.assert_refused("just started", forget)
+        self.assertTrue(mountpoint.exists())
+
     def test_the_record_of_a_daemon_that_runs_is_left_alone(self) -> None:
         directory = self.leave_record(lives=True)
         self.assert_refused(f"process {os.getpid()}", FORGET)

@@ -253,10 +253,8 @@ class RestoreTests(MountsTestCase):
         self.assertEqual(["/one", "/two"], [told["mountpoint"] for told in self.mounts.mounts()])
         self.assertEqual(5, len(self.made))
 
-    def test_one_that_cannot_come_up_is_ended_by_an_unmount(self) -> None:
-        self.kill(("/one", APP))
-        self.mounts.restore()
-        self.made[0].end("the image is gone")
+    def taken_away(self) -> list[tuple[str, bool]]:
+        """The mounts of the daemon before that are taken away from now on, and if lazily."""
         taken: list[tuple[str, bool]] = []
 
         async def take_away(*arguments: Any) -> None:
@@ -264,6 +262,13 @@ class RestoreTests(MountsTestCase):
             taken.append((record.mountpoint, lazy))
 
         self.patch(mounts, "take_away", take_away)
+        return taken
+
+    def test_one_that_cannot_come_up_is_ended_by_an_unmount(self) -> None:
+        self.kill(("/one", APP))
+        self.mounts.restore()
+        self.made[0].end("the image is gone")
+        taken = self.taken_away()
         self.successResultOf(self.mounts.unmount("/one", lazy=True))
         self.clock.advance(100)
         self.assertEqual((1, []), (len(self.made), self.records()))
@@ -286,9 +291,27 @@ class RestoreTests(MountsTestCase):
     def test_one_that_is_unmounted_as_it_comes_up_is_not_tried_again(self) -> None:
         self.kill(("/one", APP))
         self.mounts.restore()
-        self.successResultOf(self.mounts.unmount("/one", lazy=False))
+        taken = self.taken_away()
+        unmounting = self.mounts.unmount("/one", lazy=False)
+        self.assertNoResult(unmounting)
+        self.assertEqual(1, self.made[0].stops)
+        self.made[0].end("stopped before it was taken over")
+        self.successResultOf(unmounting)
         self.clock.advance(100)
         self.assertEqual((1, []), (len(self.made), self.records()))
+        self.assertEqual([("/one", False)], taken, "what is mounted there of the daemon before")
+
+    def test_one_that_comes_up_all_the_same_as_it_is_unmounted_ends_by_itself(self) -> None:
+        self.kill(("/one", APP))
+        self.mounts.restore()
+        taken = self.taken_away()
+        unmounting = self.mounts.unmount("/one", lazy=False)
+        self.made[0].come_up()
+        self.assertNoResult(unmounting)
+        self.made[0].end()
+        self.successResultOf(unmounting)
+        self.assertEqual([], self.records())
+        self.assertEqual([], taken, "it is off the record")
 
     def test_at_the_end_none_is_tried_again(self) -> None:
         self.kill(("/one", APP))

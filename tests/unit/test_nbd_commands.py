@@ -84,6 +84,20 @@ class RequestTests(SynchronousTestCase):
             self.assertEqual((WireError.EIO, b"", message), (reply.error, reply.content, reply.message))
             self.assertEqual([0], self.errors(request(Command.CACHE), client=client))
 
+    def test_a_read_for_which_there_is_no_memory_fails_and_the_others_go_on(self) -> None:
+        for make, message in ((Client.kernel, ""), (Client.structured, "out of memory")):
+            export = SlowExport(SMALL)
+            client = make(export)
+            client.send(read(4096, 512, cookie=1), read(0, 512, cookie=2))
+            with capturedLogs() as events:
+                export.reads[0].fail(MemoryError())
+            self.assertEqual([("out of memory", False)], [(e["reason"], "log_failure" in e) for e in events])
+            (reply,) = client.replies(read(4096, 512, cookie=1))
+            self.assertEqual((1, WireError.ENOMEM, message), (reply.cookie, reply.error, reply.message))
+            export.reads[1].finish()
+            (reply,) = client.replies(read(0, 512, cookie=2))
+            self.assertEqual((2, 0, SMALL[:512]), (reply.cookie, reply.error, reply.content))
+
     def test_a_write_is_not_permitted_and_its_payload_is_skipped_as_it_comes(self) -> None:
         self.simple.send(request(Command.WRITE, 0, 8192))
         for _ in range(8):

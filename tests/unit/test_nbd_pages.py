@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -180,6 +181,28 @@ class DiskReadersTests(Threads):
         self.assertEqual(
             f"cannot read {name}: Input/output error", str(self.failureResultOf(done, ReadError).value)
         )
+
+    def test_where_the_kernel_has_no_memory_it_is_tried_again_for_a_while(self) -> None:
+        pauses: list[float] = []
+        self.patch(time, "sleep", pauses.append)
+        preadv, failures = os.preadv, 0
+
+        def scarce(*arguments: Any) -> int:
+            nonlocal failures
+            failures -= 1
+            if failures >= 0:
+                raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+            return preadv(*arguments)
+
+        self.patch(os, "preadv", scarce)
+        for failures, found in ((2, CONTENT[7:1007]), (100, None)):  # noqa: B007
+            done = self.read(7, 1000)
+            self.run_threads()
+            if found is None:
+                self.failureResultOf(done, ReadError)
+            else:
+                self.assertEqual(found, self.successResultOf(done))
+        self.assertEqual([*module.SCARCE[:2], *module.SCARCE], pauses)
 
     def test_a_file_that_ends_too_early_is_an_error(self) -> None:
         done = self.read(SIZE - 10, 20)

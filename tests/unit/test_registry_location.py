@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import urlencode
@@ -17,6 +18,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from erofs_twisted.registry.blob import MAX_DETOURS, MAX_MISTAKES
 from erofs_twisted.registry.location import PATIENCE, BlobLocation, Way
 from erofs_twisted.registry.signedurl import MAX_LIFE, lifetime
+from erofs_twisted.steadyclock import SteadyClock
 from tests.unit.fakehttp import FakeRequest
 from tests.unit.test_registry_blob import BLOB, URL, BlobTests
 
@@ -86,6 +88,12 @@ class LifetimeTests(SynchronousTestCase):
         self.assertTrue(life is None or 0 < life <= MAX_LIFE)
 
 
+class SteadyTime(Clock):
+    def __init__(self, seconds: SteadyClock) -> None:
+        super().__init__()
+        self.seconds = seconds  # type: ignore[method-assign]
+
+
 class BlobLocationTests(SynchronousTestCase):
     def setUp(self) -> None:
         self.clock = Clock()
@@ -100,6 +108,17 @@ class BlobLocationTests(SynchronousTestCase):
 
     def signed(self, life: int) -> str:
         return f"{CDN}?Expires={int(self.clock.seconds()) + life}"
+
+    def test_a_url_lives_as_long_as_the_clock_says_that_was_set_meanwhile(self) -> None:
+        now = 50.0
+        self.patch(time, "monotonic", lambda: now)
+        self.patch(time, "time", lambda: NOW)
+        location = BlobLocation(SteadyTime(SteadyClock(0.0)))
+        url = f"{CDN}?Expires={int(NOW) + 60}"
+        location.found(self.successResultOf(Deferred.fromCoroutine(location.choose())), url)
+        for now, expected in ((99.0, url), (101.0, None)):  # noqa: B007
+            way = self.successResultOf(Deferred.fromCoroutine(location.choose()))
+            self.assertEqual(expected, way.url)
 
     def test_one_asks_and_the_others_wait_for_what_it_finds(self) -> None:
         first, others = self.way(), [self.choose() for _ in range(10)]

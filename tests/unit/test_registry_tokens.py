@@ -23,7 +23,7 @@ class TokenAnswerTests(SynchronousTestCase):
     NOW = 1_700_000_000.0
 
     def parse(self, **answer: Any) -> tuple[str, float, float]:
-        token = parse_token(json.dumps(answer).encode(), self.NOW)
+        token = parse_token(json.dumps(answer).encode(), self.NOW, self.NOW)
         return token.value, token.refresh_at - self.NOW, token.expires_at - self.NOW
 
     def stamp(self, offset: float) -> str:
@@ -45,6 +45,10 @@ class TokenAnswerTests(SynchronousTestCase):
         found = self.parse(token="t", expires_in=300, issued_at=self.stamp(-100))
         self.assertEqual(("t", 125, 200), found)
 
+    def test_the_time_of_issue_is_compared_with_the_clock_that_may_be_set(self) -> None:
+        answer = json.dumps({"token": "t", "expires_in": 300, "issued_at": self.stamp(-100)}).encode()
+        self.assertEqual(50 + 200, parse_token(answer, 50, self.NOW).expires_at)
+
     def test_clocks_that_disagree_do_not_count(self) -> None:
         for offset in (-4000, 4000):
             found = self.parse(token="t", expires_in=300, issued_at=self.stamp(offset))
@@ -65,7 +69,7 @@ class TokenAnswerTests(SynchronousTestCase):
             self.assertRaises(TransferFailed, self.parse, token=value)
 
     def test_a_token_does_not_show(self) -> None:
-        self.assertNotIn("hush", repr(parse_token(b'{"token":"hush"}', 0)))
+        self.assertNotIn("hush", repr(parse_token(b'{"token":"hush"}', 0, 0)))
 
     @given(
         st.one_of(
@@ -78,7 +82,7 @@ class TokenAnswerTests(SynchronousTestCase):
     )
     def test_any_answer_is_a_token_or_refused(self, body: bytes) -> None:
         with contextlib.suppress(TransferFailed):
-            token = parse_token(body, self.NOW)
+            token = parse_token(body, self.NOW, self.NOW)
             self.assertLessEqual(self.NOW, token.expires_at)
 
 

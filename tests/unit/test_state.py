@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -10,7 +11,8 @@ from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
 from erofs_twisted.errors import MountError
-from erofs_twisted.state.journal import Journal, daemon_runs, process_started
+from erofs_twisted.files import UNFINISHED
+from erofs_twisted.state.journal import Journal, MountState, daemon_runs, process_started
 from erofs_twisted.state.records import MountRecord, RecordError, Status, record_name
 
 texts = st.text(max_size=20)
@@ -57,6 +59,51 @@ class RecordTests(SynchronousTestCase):
         self.assertNotIn("/", name)
         self.assertNotIn(name, ("", ".", ".."))
         self.assertEqual(one == other, name == record_name(other))
+
+
+class DurabilityTests(SynchronousTestCase):
+    """What is on disk when a call returns, as far as it is asked for."""
+
+    def setUp(self) -> None:
+        self.above = Path(self.mktemp()).absolute()
+        self.above.mkdir()
+        self.directory = self.above / "state"
+        self.journal = Journal(self.directory)
+        self.synced: list[str] = []
+        self.patch(os, "fsync", lambda fd: self.synced.append(os.readlink(f"/proc/self/fd/{fd}")))
+
+    def test_a_claim_is_on_disk_with_all_the_directories_that_lead_to_it(self) -> None:
+        state = self.journal.claim("/mnt", "a")
+        self.addCleanup(state.release)
+        self.assertLessEqual({str(self.above), str(self.directory), str(state.path)}, {*self.synced})
+
+    def test_a_mount_that_was_released_or_forgotten_is_not_on_record_again_after_a_crash(self) -> None:
+        for give_up in (lambda state: state.release(), self.forget):
+            state = self.journal.claim("/mnt", "a")
+            self.synced.clear()
+            give_up(state)
+            self.assertEqual(str(self.directory), self.synced[-1])
+
+    def forget(self, state: MountState) -> None:
+        state.leave()
+        self.journal.forget("/mnt")
+
+    def test_after_an_update_that_was_not_safe_the_one_before_it_is_written_again(self) -> None:
+        state = self.journal.claim("/mnt", "a")
+        self.addCleanup(state.release)
+        state.update(size=1)
+        fsync, self.failing = os.fsync, True
+
+        def fail_for_directories(fd: int) -> None:
+            if self.failing and os.path.isdir(f"/proc/self/fd/{fd}"):
+                raise OSError(errno.EIO, "no")
+            fsync(fd)
+
+        self.patch(os, "fsync", fail_for_directories)
+        self.assertRaises(MountError, state.update, size=2)
+        self.failing = False
+        state.update(size=1)
+        self.assertEqual(1, self.journal.read("/mnt").size)
 
 
 class JournalTests(SynchronousTestCase):
@@ -125,6 +172,35 @@ class JournalTests(SynchronousTestCase):
         self.assertRaises(RecordError, self.journal.read, "/mnt")
         self.addCleanup(self.journal.claim("/mnt", "b").release)
         self.assertEqual("b", self.journal.read("/mnt").image)
+
+    def test_who_claims_a_mount_removes_what_was_left_half_written(self) -> None:
+        self.journal.claim("/mnt", "a").leave()
+        left = self.journal.directory("/mnt") / f"{UNFINISHED}x"
+        left.touch()
+        self.addCleanup(self.journal.claim("/mnt", "a").release)
+        self.assertFalse(left.exists())
+
+    def test_tidying_removes_what_has_no_record(self) -> None:
+        self.journal.claim("/whole", "a").leave()
+        for mountpoint in ("/whole", "/half", "/empty"):
+            self.journal.directory(mountpoint).mkdir(exist_ok=True)
+        for mountpoint in ("/whole", "/half"):
+            (self.journal.directory(mountpoint) / f"{UNFINISHED}x").touch()
+        self.journal.tidy()
+        self.assertEqual([self.journal.directory("/whole")], list(self.directory.iterdir()))
+        self.assertEqual(["record.json"], os.listdir(self.journal.directory("/whole")))
+
+    def test_tidying_leaves_alone_what_a_daemon_has_and_what_is_not_ours(self) -> None:
+        state = self.journal.claim("/mnt", "a")
+        self.addCleanup(state.release)
+        (state.path / f"{UNFINISHED}x").touch()
+        with_more = self.journal.directory("/more")
+        with_more.mkdir()
+        (with_more / "record.damaged").touch()
+        (self.directory / "foreign").mkdir()
+        self.journal.tidy()
+        self.assertEqual({state.path, with_more, self.directory / "foreign"}, {*self.directory.iterdir()})
+        self.assertEqual({"record.json", f"{UNFINISHED}x"}, {*os.listdir(state.path)})
 
     def test_what_a_daemon_holds_cannot_be_forgotten(self) -> None:
         self.addCleanup(self.journal.claim("/mnt", "a").release)
