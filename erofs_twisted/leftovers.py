@@ -18,11 +18,13 @@ from erofs_twisted.state.takeover import Plan, Seen, make_plan
 from erofs_twisted.syscalls import in_thread
 
 
-async def plan_for(record: MountRecord, connector: IDeviceConnector | None, mountpoint: Mountpoint) -> Plan:
-    """The steps to a whole mount from what is left of the one on ``record``, by the ``connector`` that made
-    its device. Raises `MountError`."""
+async def plan_for(
+    record: MountRecord, connector: IDeviceConnector | None, mountpoint: Mountpoint, is_wanted: bool
+) -> Plan:
+    """As `make_plan`, for what is left of the mount on ``record``, by the ``connector`` that made its device.
+    Raises `MountError`."""
     devices = [] if connector is None else await connector.connected(record.identifier)
-    return make_plan(record, seen(boot_id(), devices, await mountpoint.there()))
+    return make_plan(record, seen(boot_id(), devices, await mountpoint.there()), is_wanted)
 
 
 def seen(boot: str, devices: Sequence[Connected], there: Mount | None) -> Seen:

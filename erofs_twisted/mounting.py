@@ -15,7 +15,7 @@ from twisted.python.failure import Failure
 from erofs_twisted.device.connector import choose_connector
 from erofs_twisted.device.fuse import FuseConnector
 from erofs_twisted.device.nbd import NetlinkConnector
-from erofs_twisted.devices import Devices, Served
+from erofs_twisted.devices import HELD_RETRY, Devices, Served
 from erofs_twisted.errors import ErofsTwistedError, MountError
 from erofs_twisted.image import FoundImage, OpenImage, find_image
 from erofs_twisted.interfaces import IDeviceConnector
@@ -34,6 +34,9 @@ from erofs_twisted.state.takeover import AFRESH, Plan, Step
 BUSY_RETRY = 1.0
 """Seconds between two attempts to unmount what is in use."""
 
+LINGERS = "it is served for who has files of it open, until they close them"
+"""Why a mount that was unmounted lazily has not ended."""
+
 NOTHING: Mapping[str, Any] = {"backend": "", "identifier": "", "device": "", "size": 0, "mount_id": 0}
 """What is on record of a device and a mount where there are none."""
 
@@ -48,6 +51,7 @@ class Event(enum.Enum):
     STOP = enum.auto()
     LEAVE = enum.auto()
     RETRY = enum.auto()
+    MOUNT = enum.auto()
 
 
 class Stopped(Exception):
@@ -58,10 +62,20 @@ class Left(Exception):
     """Told to leave it all to another daemon: no failure either."""
 
 
+@attrs.frozen
+class _There:
+    """What there is of a mount from its start to its end."""
+
+    mountpoint: Mountpoint
+    served: Served
+    watch: MountWatch
+
+
 class Mount:
     """One mount of what ``config`` says, on one of a daemon's ``devices``; ``service`` says whether other
     mounts may be that daemon's, too. It is of the manifest ``pinned``, if that is given, whatever its tag
-    stands for. `live` is called once."""
+    stands for. Where it is not ``is_wanted``, what an earlier daemon has unmounted is only served to its end.
+    `live` is called once."""
 
     log = Logger()
 
@@ -73,16 +87,21 @@ class Mount:
         *,
         service: bool = False,
         pinned: str = "",
+        is_wanted: bool = True,
     ) -> None:
         self.config = config
         self.ready: Deferred[None] = Deferred()
-        """Fires when it can be used; never, where it ends before."""
+        """Fires when it can be used, or is served to its end; never, where it ends before."""
         self.served: Served | None = None
         """What it is mounted from, while it is."""
+        self.is_mounted = False
+        """Is it mounted now? Where it was, and is not, it is about to end."""
         self._reactor = reactor
         self._devices = devices
         self._service = service
         self._digest = pinned
+        self._is_wanted = is_wanted
+        self._again: list[Deferred[bool]] = []
         self._events: DeferredQueue[Event] = DeferredQueue()
         self._give_up: Callable[[], object] | None = None
         self._stop_wishes = 0
@@ -106,6 +125,14 @@ class Mount:
         else:
             await self._mountpoint.unmount(lazy=lazy)
 
+    def mount_again(self) -> Deferred[bool]:
+        """Mount what was unmounted, and is served still for who uses it. True when it is mounted, False when
+        it has ended instead. Fails with `MountError`."""
+        done: Deferred[bool] = Deferred()
+        self._again.append(done)
+        self._events.put(Event.MOUNT)
+        return done
+
     def request_stop(self) -> None:
         """End in good order. A second request unmounts lazily what is still in use."""
         self._stop_wishes += 1
@@ -120,6 +147,12 @@ class Mount:
 
     async def live(self) -> str | None:
         """From the first step to the last one; then why it failed, or None where its end was asked for."""
+        try:
+            return await self._live()
+        finally:
+            self._settle_again(lambda done: done.callback(False))
+
+    async def _live(self) -> str | None:
         config = self.config
         failure: str | None = None
         state = None
@@ -130,9 +163,10 @@ class Mount:
             )
             self._state = state
             async with AsyncExitStack() as undo:
-                mountpoint, served = await self._start(undo, state)
+                there = await self._start(undo, state)
                 self.ready.callback(None)
-                await self._serve(mountpoint, served, state)
+                while self.is_mounted or await self._linger(undo, there, state):
+                    await self._serve(there, state)
             if self._leaves:
                 raise Left
         except Stopped:
@@ -155,7 +189,7 @@ class Mount:
             state.release(failure)
         return failure
 
-    async def _start(self, undo: AsyncExitStack, state: MountState) -> tuple[Mountpoint, Served]:
+    async def _start(self, undo: AsyncExitStack, state: MountState) -> _There:
         """Each step leaves in ``undo`` what takes it back."""
         reactor, config = self._reactor, self.config
         began = reactor.seconds()
@@ -172,12 +206,14 @@ class Mount:
         self._leaves = plan.adopts
         await self._clear(plan, state, made_by, mountpoint)
         undo.push_async_callback(self._remove_directory, mountpoint, state)
-        keeps = Step.KEEP in plan.steps
-        if not keeps:
-            if config.mkdir and await mountpoint.is_missing():
-                state.update(made=True)
-            await mountpoint.check(make=config.mkdir)
-        mountpoint.adopt(plan.mount_id, state.record.made)
+        keeps, lingers = Step.KEEP in plan.steps, Step.LINGER in plan.steps
+        ends = plan.steps[-1] is Step.FORGET
+        if keeps or lingers or ends:
+            mountpoint.adopt(plan.mount_id, state.record.made)
+        else:
+            await self._prepare(mountpoint, state)
+        if ends:
+            raise Stopped
         if plan.adopts:
             assert made_by is not None
             connector: IDeviceConnector = made_by
@@ -187,19 +223,17 @@ class Mount:
         self._leaves = False
         self.served = served
         undo.push_async_callback(self._give_back, served, state)
-        if not keeps:
+        if not keeps and not lingers:
             self._raise_if_stopped()
             await self._mount(mountpoint, served)
-        undo.push_async_callback(self._take_away, mountpoint)
-        self._mountpoint = mountpoint
         _ = served.device.lost.addCallback(lambda _: self._events.put(Event.DEVICE_LOST))
         watch = MountWatch(reactor)
         undo.callback(watch.close)
-        _ = watch.gone(mountpoint.path).addCallback(lambda _: self._events.put(Event.UNMOUNTED))
-        if keeps and await mountpoint.there() is None:
-            self._events.put(Event.UNMOUNTED)
-        write = state.note if plan.adopts else state.update
-        write(status=Status.READY, mount_id=mountpoint.mount_id)
+        there = _There(mountpoint, served, watch)
+        if lingers:
+            self._mountpoint = mountpoint
+            return there
+        await self._come_up(undo, there, state.note if plan.adopts else state.update)
         self.log.info(
             "{what} {image} ({digest}) on {path} through {device} in {seconds:.2f} s",
             what="took over" if plan.adopts else "mounted",
@@ -209,7 +243,26 @@ class Mount:
             device=served.device.path,
             seconds=reactor.seconds() - began,
         )
-        return mountpoint, served
+        return there
+
+    async def _prepare(self, mountpoint: Mountpoint, state: MountState) -> None:
+        """Have a directory to mount on. Raises `MountError`."""
+        config = self.config
+        if config.mkdir and await mountpoint.is_missing():
+            state.update(made=True)
+        await mountpoint.check(make=config.mkdir)
+        mountpoint.adopt(0, state.record.made)
+
+    async def _come_up(self, undo: AsyncExitStack, there: _There, write: Callable[..., None]) -> None:
+        """It is mounted: watch it, and put it on record by ``write``."""
+        mountpoint = self._mountpoint = there.mountpoint
+        undo.push_async_callback(self._take_away, mountpoint)
+        self.is_mounted = True
+        _ = there.watch.gone(mountpoint.path).addCallback(lambda _: self._gone())
+        if await mountpoint.there() is None:
+            # Before it was watched.
+            self._gone()
+        write(status=Status.READY, reason="", mount_id=mountpoint.mount_id)
 
     async def _look(
         self, record: MountRecord | None, made_by: IDeviceConnector | None, mountpoint: Mountpoint
@@ -218,7 +271,9 @@ class Mount:
         config = self.config
         if record is None:
             return AFRESH
-        plan = await plan_for(record, made_by, mountpoint)
+        # Who hands a device over has not died: there is nobody who would want the mount again.
+        is_over = record.status is Status.UNMOUNTED and record.device in self._devices.handed
+        plan = await plan_for(record, made_by, mountpoint, self._is_wanted and not is_over)
         if plan.adopts and record.image != str(config.image.reference):
             raise MountError(
                 f"--mountpoint {config.mountpoint}: {record.image} is there, and waits for a daemon; give "
@@ -239,6 +294,8 @@ class Mount:
             elif step is Step.DISCONNECT and self._devices.on(plan.device) is None:
                 assert made_by is not None
                 await made_by.disconnect(plan.device)
+        if Step.LINGER not in plan.steps:
+            state.note(status=Status.STARTING, reason="")
         if not plan.adopts:
             config = self.config
             state.update(image=str(config.image.reference), options=config.typed, boot=boot_id(), **NOTHING)
@@ -341,18 +398,20 @@ class Mount:
         finally:
             self._give_up = None
 
-    async def _serve(self, mountpoint: Mountpoint, served: Served, state: MountState) -> None:
+    async def _serve(self, there: _There, state: MountState) -> None:
         """Until the image is unmounted, by us or by somebody else."""
         while (event := await self._events.get()) is not Event.UNMOUNTED:
             if event is Event.LEAVE:
                 self._leaves = True
                 raise Left
             if event is Event.DEVICE_LOST:
-                path = served.device.path
+                path = there.served.device.path
                 raise MountError(f"{path} was disconnected by somebody else; reads of the mount fail")
+            if event is Event.MOUNT:
+                continue
             lazily = self.config.on_stop == "lazy" or self._stop_wishes > 1
             try:
-                await mountpoint.unmount(lazy=lazily)
+                await there.mountpoint.unmount(lazy=lazily)
             except Busy as busy:
                 if event is Event.STOP:
                     state.note(status=Status.STOPPING, reason=str(busy))
@@ -360,6 +419,49 @@ class Mount:
                         "{busy}; unmounting when they let go, or lazily when told to stop again", busy=busy
                     )
                 self._reactor.callLater(BUSY_RETRY, self._events.put, Event.RETRY)
+
+    def _gone(self) -> None:
+        if self.is_mounted:
+            self.is_mounted = False
+            self._events.put(Event.UNMOUNTED)
+
+    async def _linger(self, undo: AsyncExitStack, there: _There, state: MountState) -> bool:
+        """Unmounted, it is served for who has files of it open, until there is nobody. True where it is
+        mounted again meanwhile."""
+        served = there.served
+        while served.users == 1 and not served.device.lost.called and await served.device.is_held():
+            if state.record.status is not Status.UNMOUNTED:
+                self.log.warn("{path} is unmounted; {reason}", path=self.config.mountpoint, reason=LINGERS)
+                state.note(status=Status.UNMOUNTED, reason=LINGERS, mount_id=0)
+            look = self._reactor.callLater(HELD_RETRY, self._events.put, Event.RETRY)
+            event = await self._events.get()
+            if look.active():
+                look.cancel()
+            if event is Event.LEAVE:
+                self._leaves = True
+                raise Left
+            if event is Event.MOUNT and await self._mount_again(undo, there, state):
+                return True
+        return False
+
+    async def _mount_again(self, undo: AsyncExitStack, there: _There, state: MountState) -> bool:
+        """Done? Where it cannot be mounted, those who asked for it are told."""
+        try:
+            await self._prepare(there.mountpoint, state)
+            await self._mount(there.mountpoint, there.served)
+        except MountError as error:
+            reason = error
+            self._settle_again(lambda done: done.errback(reason))
+            return False
+        await self._come_up(undo, there, state.note)
+        self.log.info("{path} is mounted again", path=self.config.mountpoint)
+        self._settle_again(lambda done: done.callback(True))
+        return True
+
+    def _settle_again(self, settle: Callable[[Deferred[bool]], None]) -> None:
+        waiting, self._again = self._again, []
+        for done in waiting:
+            settle(done)
 
     async def _unless_stopped(self, work: Deferred[Result]) -> Result:
         """Await what may be cancelled by a request to stop."""

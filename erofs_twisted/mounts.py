@@ -214,19 +214,35 @@ class Mounts:
         """When all has ended: the last threads."""
         await self.devices.close()
 
-    async def _mount(self, mountpoint: str, options: Options, pinned: str = "") -> tuple[bool, Any]:
+    async def _mount(
+        self, mountpoint: str, options: Options, pinned: str = "", is_wanted: bool = True
+    ) -> tuple[bool, Any]:
         config = await self._read(mountpoint, options)
         while (running := self._running.get(config.mountpoint)) is not None:
             record = running.mount.record
             if record is not None and record.status is Status.STOPPING:
                 await running.when_ended()
                 continue
-            _refuse_another(running.mount.config, config)
+            refusal = _refusal(running.mount.config, config)
+            if running.is_up and not running.mount.is_mounted:
+                # It is about to end, unless somebody has files of it open.
+                if refusal is None:
+                    if await running.mount.mount_again():
+                        return True, self._told(config.mountpoint, running)
+                elif record is not None and record.status is Status.UNMOUNTED:
+                    raise MountedOtherwise(
+                        f"{record.image} is unmounted from {config.mountpoint}, and {record.reason}: take "
+                        "another directory"
+                    )
+                await running.when_ended()
+                continue
+            if refusal is not None:
+                raise refusal
             await running.when_settled()
             running.raise_unless_up()
             return False, self._told(config.mountpoint, running)
         _check_files()
-        running = self._begin(config, pinned)
+        running = self._begin(config, pinned, is_wanted)
         await running.when_settled()
         running.raise_unless_up()
         return True, self._told(config.mountpoint, running)
@@ -244,8 +260,8 @@ class Mounts:
             raise MountError("the daemon is about to end, or to be replaced: call again")
         return config
 
-    def _begin(self, config: MountConfig, pinned: str) -> _Running:
-        mount = Mount(self._reactor, config, self.devices, service=True, pinned=pinned)
+    def _begin(self, config: MountConfig, pinned: str, is_wanted: bool) -> _Running:
+        mount = Mount(self._reactor, config, self.devices, service=True, pinned=pinned, is_wanted=is_wanted)
         running = self._running[config.mountpoint] = _Running(mount)
         _ = mount.ready.addCallback(lambda _: running.come_up())
         life = Deferred.fromCoroutine(mount.live())
@@ -275,6 +291,11 @@ class Mounts:
                 await self._take_away(mountpoint, lazy)
                 return
         running = self._find(mountpoint)
+        there = running.mount.record
+        if there is not None and there.status is Status.UNMOUNTED:
+            if lazy:
+                return
+            raise MountError(f"{mountpoint} is unmounted; {there.reason}")
         ended = running.when_ended()
         await running.mount.unmount(lazy)
         if not lazy:
@@ -312,9 +333,12 @@ class Mounts:
             try:
                 options = {name: value for name, value in record.options.items() if name != "mountpoint"}
                 # What was mounted, and not what its tag stands for now: the registry may be down.
-                await self._mount(record.mountpoint, options, record.digest)
+                await self._mount(record.mountpoint, options, record.digest, record.is_wanted)
                 break
             except ErofsTwistedError as error:
+                if not record.is_wanted and Journal(self._state_dir).read(record.mountpoint) is None:
+                    # It had been unmounted, and nobody uses it any more.
+                    break
                 self.log.warn(
                     "{path} is not there yet; trying again in {pause:.0f} s: {reason}",
                     path=record.mountpoint,
@@ -350,10 +374,10 @@ def _check_files() -> None:
         )
 
 
-def _refuse_another(there: MountConfig, asked: MountConfig) -> None:
-    """The same again is the same mount. Raises `MountedOtherwise`."""
+def _refusal(there: MountConfig, asked: MountConfig) -> MountedOtherwise | None:
+    """The same again is the same mount; another is refused."""
     if there.image.reference != asked.image.reference:
-        raise MountedOtherwise(
+        return MountedOtherwise(
             f"{there.image.reference} is mounted on {there.mountpoint}: unmount that first "
             f"(erofs-nbd umount {there.mountpoint}), or take another directory"
         )
@@ -362,8 +386,9 @@ def _refuse_another(there: MountConfig, asked: MountConfig) -> None:
         for name in there.typed.keys() | asked.typed.keys()
         if there.typed.get(name) != asked.typed.get(name)
     )
-    if different:
-        raise MountedOtherwise(
-            f"{there.image.reference} is mounted on {there.mountpoint} with another --{different[0]}: "
-            f"unmount that first (erofs-nbd umount {there.mountpoint})"
-        )
+    if not different:
+        return None
+    return MountedOtherwise(
+        f"{there.image.reference} is mounted on {there.mountpoint} with another --{different[0]}: "
+        f"unmount that first (erofs-nbd umount {there.mountpoint})"
+    )

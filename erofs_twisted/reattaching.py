@@ -70,17 +70,19 @@ async def look_at(
 async def _look_at(reactor: Any, pool: ThreadPool, record: MountRecord) -> Orphan:
     mountpoint = Mountpoint(reactor, pool, record.mountpoint)
     connector = NetlinkConnector(reactor, pool) if record.backend == "nbd" else None
-    return Orphan(record, await plan_for(record, connector, mountpoint))
+    return Orphan(record, await plan_for(record, connector, mountpoint, record.is_wanted))
 
 
 def start(journal: Journal, record: MountRecord, more: Mapping[str, str], timeout: float) -> None:
     """Start a daemon for a mount on record, with the options of the first and ``more``; wait until it serves.
 
-    One of many in a daemon comes up with all others. It blocks. The log is in the mount's state directory.
-    Raises `MountError`, with the daemon's own words.
+    One of many in a daemon comes up with all others. One that was unmounted is served until nobody uses it.
+    It blocks. The log is in the mount's state directory. Raises `MountError`, with the daemon's own words.
     """
     if record.service:
         have_daemon(journal.state_dir)
+        if not record.is_wanted:
+            return
         wait_until_ready(journal, record.mountpoint, timeout)
         return
     log = journal.directory(record.mountpoint) / "log"

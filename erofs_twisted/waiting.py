@@ -32,12 +32,15 @@ def wait_until_ready(
             alive = daemon_runs(record)
             if alive and record.status is Status.READY and _is_mounted(path):
                 return
-            if not alive and (record.reason or time.monotonic() > began + min(GRACE, timeout)):
+            if not alive and (
+                record.status is Status.FAILED or time.monotonic() > began + min(GRACE, timeout)
+            ):
                 if not record.device:
                     journal.forget(path)
+                if record.status is Status.FAILED:
+                    raise MountError(record.reason)
                 raise MountError(
-                    record.reason
-                    or f"the daemon of {path} (process {record.pid}) was killed; start it again to take its "
+                    f"the daemon of {path} (process {record.pid}) was killed; start it again to take its "
                     f"mount over, or clear that away with 'erofs-nbd umount {path}'"
                 )
         else:

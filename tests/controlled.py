@@ -15,6 +15,7 @@ from typing import Any
 import attrs
 
 from tests.daemon import BIN, PATIENCE, run, until
+from tests.warm import warm_erofs_nbd
 
 
 class _Connection(http.client.HTTPConnection):
@@ -37,6 +38,8 @@ class Controlled:
     environment: Mapping[str, str] = attrs.field(factory=dict)
     under: tuple[str, ...] = ()
     """A program that starts it, such as prlimit."""
+    is_quick: bool = False
+    """Do the commands that talk to it begin without the time that imports take?"""
     _process: subprocess.Popen[bytes] | None = attrs.field(init=False, default=None)
 
     @property
@@ -85,6 +88,8 @@ class Controlled:
 
     def erofs_nbd(self, command: str, *words: str | Path, **how: Any) -> subprocess.CompletedProcess[str]:
         """A command that talks to it."""
+        if self.is_quick and not how:
+            return warm_erofs_nbd(command, *words, "--state-dir", self.state_dir, cwd=self.directory)
         return run(BIN / "erofs-nbd", command, *words, "--state-dir", self.state_dir, **how)
 
     def mount(self, image: str, name: str, *options: str) -> Path:

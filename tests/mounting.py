@@ -154,7 +154,7 @@ class MountTests(DaemonTestCase):
         until("unmount", lambda: mount_of(daemon) is None)
         expected = (scenery().tree / BIG).read_bytes()
         self.assertEqual(expected, os.pread(descriptor, BIG_SIZE, 0))
-        daemon.says("is still in use")
+        daemon.says("is served for who has files of it open")
         self.assertIsNone(daemon.status())
 
     def test_two_daemons_mount_one_image_from_one_cache_at_once(self) -> None:

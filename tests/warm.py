@@ -1,16 +1,21 @@
-"""Daemons without the time that imports take, which may be killed at a step of theirs: a process of its own.
+"""Programs without the time that imports take: daemons, which may be killed at a step of theirs, and
+``erofs-nbd``; a process of its own.
 
     python -m tests.warm
 
-It has imported what a daemon needs, but no reactor, and forks one for each command. Commands are JSON
-objects, one a line, on standard input; each is answered by one, ``{"pid": N}``:
+It has imported what they need, but no reactor, and forks one for each command. Commands are JSON objects, one
+a line, on standard input; each is answered by one, ``{"pid": N}``. The end of standard input ends this
+process, and none of those.
 
     {"arguments": [ARGUMENT…], "log": PATH, "steps": PATH, "die_after": STEP or null, "scarcity": PATH}
 
 ``arguments`` are those of ``twistd erofs-nbd``. The daemon is an orphan when the answer comes. It writes the
 steps that it has come to into ``steps``, one a line, and kills itself by SIGKILL after ``die_after``. As long
-as there is a file ``scarcity``, the calls that it names find no memory; see `Scarcity`. The end of standard
-input ends this process, and no daemon.
+as there is a file ``scarcity``, the calls that it names find no memory; see `Scarcity`.
+
+    {"words": [WORD…], "directory": PATH, "said": [PATH, PATH]}
+
+``words`` are those of ``erofs-nbd``, which runs in ``directory`` with its output and its errors in files.
 """
 
 from __future__ import annotations
@@ -25,6 +30,8 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,7 +41,7 @@ from typing import Any
 
 import attrs
 
-from tests.daemon import PROJECT, Daemon
+from tests.daemon import PATIENCE, PROJECT, Daemon
 
 STEPS = (
     "erofs_twisted.state.journal.Journal.claim",
@@ -78,6 +85,10 @@ SERVING_CALL = "erofs_twisted.nbd.serving.Serving._put_content"
 """Answers one request."""
 
 NEEDED = (
+    "erofs_twisted.cli",
+    "erofs_twisted.control.client",
+    "erofs_twisted.listing",
+    "erofs_twisted.reattaching",
     "erofs_twisted.tap",
     "erofs_twisted.service",
     "erofs_twisted.mountsservice",
@@ -200,7 +211,7 @@ class WarmProcess:
         atexit.register(self.end)
 
     def start(self, **command: Any) -> int:
-        """The process number of a new daemon."""
+        """The process number of a new one."""
         assert self._process.stdin is not None and self._process.stdout is not None
         print(json.dumps(command), file=self._process.stdin, flush=True)
         return int(json.loads(self._process.stdout.readline())["pid"])
@@ -213,6 +224,24 @@ class WarmProcess:
 def warm_process() -> WarmProcess:
     """The one of this process."""
     return WarmProcess()
+
+
+def warm_erofs_nbd(*words: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run it to its end, whatever its status."""
+    with tempfile.TemporaryDirectory() as home:
+        said = [Path(home) / "output", Path(home) / "errors"]
+        given = [str(word) for word in words]
+        pid = warm_process().start(words=given, directory=str(cwd), said=[str(path) for path in said])
+        deadline = time.monotonic() + PATIENCE
+        while (ended := os.waitpid(pid, os.WNOHANG)) == (0, 0):
+            if time.monotonic() > deadline:
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+                raise subprocess.TimeoutExpired(given, PATIENCE, *(path.read_text() for path in said))
+            time.sleep(0.01)
+        return subprocess.CompletedProcess(
+            given, os.waitstatus_to_exitcode(ended[1]), *(path.read_text() for path in said)
+        )
 
 
 @attrs.define(eq=False)
@@ -278,7 +307,10 @@ def main() -> None:
             if daemon == 0:
                 os.close(reading)
                 os.close(writing)
-                serve(**command)
+                if "words" in command:
+                    call(**command)
+                else:
+                    serve(**command)
                 return
             os.write(writing, str(daemon).encode())
             os._exit(0)
@@ -288,13 +320,28 @@ def main() -> None:
         os.close(reading)
 
 
-def serve(arguments: list[str], log: str, steps: str, die_after: str | None, scarcity: str) -> None:
-    """As twistd does it."""
-    os.setsid()
-    for number, path in enumerate((os.devnull, log, log)):
+def open_standard(*paths: str) -> None:
+    """As standard input, output and errors."""
+    for number, path in enumerate(paths):
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
         os.dup2(descriptor, number)
         os.close(descriptor)
+
+
+def call(words: list[str], directory: str, said: list[str]) -> None:
+    """As the script that pip installs does it."""
+    open_standard(os.devnull, *said)
+    os.chdir(directory)
+    from erofs_twisted.cli import main
+
+    sys.argv = ["erofs-nbd", *words]
+    main()
+
+
+def serve(arguments: list[str], log: str, steps: str, die_after: str | None, scarcity: str) -> None:
+    """As twistd does it."""
+    os.setsid()
+    open_standard(os.devnull, log, log)
     from twisted.internet import reactor
     from twisted.logger import globalLogBeginner, textFileLogObserver
 

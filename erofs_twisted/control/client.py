@@ -15,6 +15,7 @@ import attrs
 
 from erofs_twisted.control.errors import NoDaemon
 from erofs_twisted.errors import MountError
+from erofs_twisted.state.records import Status
 
 POLL = 0.05
 
@@ -76,6 +77,10 @@ class Daemon:
         """Fetch all that is missing; when it is there, what the mount is then."""
         return self.call("POST", f"{_mount(mountpoint)}/prefetch", timeout=None)
 
+    def mounts(self) -> Any:
+        """What is to be told of each."""
+        return self.call("GET", "mounts")["mounts"]
+
     def one(self, mountpoint: str) -> Any:
         return self.call("GET", _mount(mountpoint))
 
@@ -85,16 +90,17 @@ class Daemon:
 
     def upgrade(self, timeout: float) -> Any:
         """Have it replaced by the program that is installed now; when that has all mounts, its `status`."""
-        before = self.call("POST", "upgrade")
+        before = self.mounts()
+        wanted = [each for each in before if each["status"] != Status.UNMOUNTED]
+        instance = self.call("POST", "upgrade")["instance"]
         deadline = time.monotonic() + timeout
         error = MountError(f"after {timeout:g} s not all mounts are there again; the daemon's log says why")
         while True:
             last = error
             try:
                 now = self.status()
-                mounts = self.call("GET", "mounts")["mounts"]
-                ready = [each for each in mounts if each["status"] == "ready"]
-                if now["instance"] != before["instance"] and len(ready) >= before["mounts"]:
+                ready = [each for each in self.mounts() if each["status"] == Status.READY]
+                if now["instance"] != instance and len(ready) >= len(wanted):
                     return now
             except MountError as failed:
                 last = failed  # between the one and the next, nobody listens

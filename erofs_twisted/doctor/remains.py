@@ -171,11 +171,12 @@ def _of_dead_record(remains: Remains, record: MountRecord, plan: Plan, died: str
             (Repair(act=Act.REATTACH, target=where),),
         )
     if Step.ADOPT in steps and in_use:
+        what_then = "until that ends" if Step.LINGER in steps else "and mounts it here again"
         return Finding(
             Level.BAD,
             where,
             f"{died}; {plan.device} is not mounted here, but in use, and who reads it waits",
-            f"erofs-nbd reattach {where} serves it, and mounts it here again",
+            f"erofs-nbd reattach {where} serves it, {what_then}",
         )
     if (Step.ADOPT in steps or Step.DISCONNECT in steps) and not in_use:
         return Finding(

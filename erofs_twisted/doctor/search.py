@@ -147,7 +147,7 @@ def _on_record(record: MountRecord, driver: NBDDriver | None, mounts: list[Mount
             return OnRecord(record=record, is_served=False, problem="what it left takes root to tell")
         devices = driver.connected(record.identifier)
     try:
-        plan = make_plan(record, seen(boot, devices, mount_at(mounts, record.mountpoint)))
+        plan = make_plan(record, seen(boot, devices, mount_at(mounts, record.mountpoint)), record.is_wanted)
     except MountError as error:
         return OnRecord(record=record, is_served=False, problem=str(error))
     return OnRecord(record=record, is_served=False, plan=plan)

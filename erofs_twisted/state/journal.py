@@ -148,7 +148,9 @@ class Journal:
         )
         if before is not None:
             # What it tells of may be there yet.
-            names = ("pid", "pid_started", "status", "reason", "service")
+            names = ["pid", "pid_started", "service"]
+            if before.status is not Status.UNMOUNTED:
+                names += ["status", "reason"]
             if before.backend:
                 record = attrs.evolve(before, **{name: getattr(record, name) for name in names})
             record = attrs.evolve(record, made=before.made)

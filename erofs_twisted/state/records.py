@@ -26,6 +26,8 @@ class Status(enum.StrEnum):
     STARTING = "starting"
     READY = "ready"
     STOPPING = "stopping"
+    UNMOUNTED = "unmounted"
+    """Lazily: it is served until nobody has a file of it open."""
     FAILED = "failed"
 
 
@@ -63,6 +65,11 @@ class MountRecord:
     made: bool = False
     service: bool = False
     options: Mapping[str, str | bool] = attrs.field(factory=dict)
+
+    @property
+    def is_wanted(self) -> bool:
+        """Is it to be mounted, where its daemon has ended? One with that mount alone is started for it."""
+        return self.status is not Status.UNMOUNTED or not self.service
 
     def to_json(self) -> bytes:
         return json.dumps({"version": VERSION, **attrs.asdict(self)}, indent=1).encode() + b"\n"

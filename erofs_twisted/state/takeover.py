@@ -21,6 +21,7 @@ class Step(enum.Enum):
     ADOPT = "serve {device} again"
     KEEP = "leave {mountpoint} mounted"
     MOUNT = "mount {device} on {mountpoint}"
+    LINGER = "leave {mountpoint} unmounted, and give {device} back when nobody uses it"
     START = "begin anew: attach a device, and mount it on {mountpoint}"
 
     def told(self, record: MountRecord, device: str) -> str:
@@ -56,26 +57,32 @@ class Plan:
 AFRESH = Plan((Step.START,))
 
 
-def make_plan(record: MountRecord | None, seen: Seen) -> Plan:
-    """The steps to a whole mount from what is left of the one on ``record``, whose daemon has ended.
+def make_plan(record: MountRecord | None, seen: Seen, is_wanted: bool = True) -> Plan:
+    """The steps to a whole mount from what is left of the one on ``record``, whose daemon has ended. Where it
+    was unmounted, and is not ``is_wanted`` again, they are those to the end of what is left.
 
     What cannot be told to be ours is left alone. Raises `MountError` where two devices may be it.
     """
-    if record is None or record.boot != seen.boot:
-        return AFRESH if record is None else Plan((Step.FORGET, Step.START))
+    if record is None:
+        return AFRESH
+    start = Step.START if is_wanted else Step.FORGET
+    if record.boot != seen.boot:
+        return Plan((Step.FORGET, Step.START) if is_wanted else (Step.FORGET,))
     is_mounted = bool(seen.source) and (seen.source, seen.mount_id) == (record.device, record.mount_id)
     device = _device_of(record, seen.devices)
     if device is None:
         # Where its device has no name of its own kind, as a file, none but ours can be mounted from that.
         is_dead = is_mounted or (record.backend != "nbd" and _is_mounted_since(record, seen, record.device))
-        return Plan((Step.UNMOUNT, Step.START), record.device) if is_dead else AFRESH
+        return Plan((Step.UNMOUNT, start) if is_dead else (start,), record.device if is_dead else "")
     if is_mounted or _is_mounted_since(record, seen, device.path):
         return Plan((Step.ADOPT, Step.KEEP), device.path, seen.mount_id)
     if device.is_held:
         # In another mount namespace, or after a lazy unmount: its users go on, and here it is mounted again.
+        if not is_wanted:
+            return Plan((Step.ADOPT, Step.LINGER), device.path)
         return Plan((Step.ADOPT, Step.MOUNT), device.path) if not seen.source else Plan((Step.START,))
-    if seen.source:
-        return Plan((Step.DISCONNECT, Step.START), device.path)
+    if seen.source or not is_wanted:
+        return Plan((Step.DISCONNECT, start), device.path)
     return Plan((Step.ADOPT, Step.MOUNT), device.path)
 
 

@@ -15,6 +15,7 @@ from tests.daemon import DaemonTestCase, mounts
 from tests.faults import Fault
 from tests.reading import Reader
 from tests.scenery import BIG, scenery, sha256
+from tests.warm import warm_process
 
 HOUR = 3600.0
 TOKEN_LIFE = 2.0
@@ -27,9 +28,10 @@ class ClockTests(DaemonTestCase):
     def setUp(self) -> None:
         if "User Mode Linux" not in Path("/proc/cpuinfo").read_text():
             raise SkipTest("the clock of a real machine is left alone: run it with --guest")
+        warm_process()
         super().setUp()
         self.controlled = Controlled(
-            self.directory / "s", ("--attach", "nbd", "--fill", "off", "--io-timeout", "60")
+            self.directory / "s", ("--attach", "nbd", "--fill", "off", "--io-timeout", "60"), is_quick=True
         )
         self.addCleanup(self.controlled.kill)
         self._right = time.time() - time.monotonic()

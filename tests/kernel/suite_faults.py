@@ -65,7 +65,7 @@ class FaultTests(DaemonTestCase):
         daemon, readers = self.read_all_along("lazily")
         self.assertEqual(0, run("umount", "-l", daemon.mountpoint).returncode)
         until("unmount", lambda: mount_of(daemon) is None)
-        daemon.says("is still in use")
+        daemon.says("is served for who has files of it open")
         for reader in readers:
             self.assertGreater(reader.end()["reads"], 0)
         self.assert_ends_well(daemon)
@@ -74,7 +74,7 @@ class FaultTests(DaemonTestCase):
         daemon, readers = self.read_all_along("then-killed")
         device = daemon.ready().device
         self.assertEqual(0, run("umount", "-l", daemon.mountpoint).returncode)
-        daemon.says("is still in use")
+        daemon.says("is served for who has files of it open")
         daemon.signal(signal.SIGKILL)
         daemon.ended()
         successor = WarmDaemon(daemon.directory, daemon.image, daemon.options)

@@ -33,10 +33,13 @@ class FakeMount:
     config: Any
     state_dir: Path
     pinned: str = ""
+    is_wanted: bool = True
     ready: Deferred[None] = attrs.field(factory=Deferred)
     life: Deferred[str | None] = attrs.field(factory=Deferred)
     stops: int = 0
     is_busy: bool = False
+    is_mounted: bool = False
+    again: Deferred[bool] = attrs.field(factory=Deferred)
     served: Any = None
     record: MountRecord | None = None
     state: Any = None
@@ -60,7 +63,17 @@ class FakeMount:
         )
         self.state.update(status=Status.READY, layer="sha256:1")
         self.record = self.state.record
+        self.is_mounted = True
         self.ready.callback(None)
+
+    def linger(self) -> None:
+        """Unmounted lazily, while a file of it is open."""
+        self.is_mounted = False
+        self.state.update(status=Status.UNMOUNTED, reason="a file is open")
+        self.record = self.state.record
+
+    def mount_again(self) -> Deferred[bool]:
+        return self.again
 
     def end(self, failure: str | None = None) -> None:
         self.state.release(failure)
@@ -96,9 +109,11 @@ class MountsTestCase(SynchronousTestCase):
     def begin(self) -> None:
         self.mounts = mounts.Mounts(self.clock, {"fill": "off"}, self.state_dir, self.lines)
 
-    def make(self, reactor: object, config: Any, devices: object, *, service: bool, pinned: str) -> FakeMount:
+    def make(
+        self, reactor: object, config: Any, devices: object, *, service: bool, pinned: str, is_wanted: bool
+    ) -> FakeMount:
         self.assertTrue(service)
-        self.made.append(FakeMount(config, self.state_dir, pinned))
+        self.made.append(FakeMount(config, self.state_dir, pinned, is_wanted))
         return self.made[-1]
 
     async def at_once(self, reactor: object, pool: object, call: Any, *arguments: Any) -> Any:
@@ -313,6 +328,19 @@ class RestoreTests(MountsTestCase):
         self.assertEqual([], self.records())
         self.assertEqual([], taken, "it is off the record")
 
+    def test_one_that_was_unmounted_is_served_to_its_end_and_not_mounted(self) -> None:
+        mount = self.up()
+        mount.linger()
+        mount.state.leave()
+        self.made.clear()
+        self.begin()
+        self.patch(mounts, "daemon_runs", lambda record: False)
+        self.mounts.restore()
+        self.assertFalse(self.made[0].is_wanted)
+        self.made[0].end()
+        self.clock.advance(100)
+        self.assertEqual((1, []), (len(self.made), self.mounts.mounts()), "nobody used it any more")
+
     def test_at_the_end_none_is_tried_again(self) -> None:
         self.kill(("/one", APP))
         self.mounts.restore()
@@ -325,6 +353,53 @@ class RestoreTests(MountsTestCase):
         other.update(pid_started=1)
         other.release("killed")
         self.assertEqual(0, self.mounts.restore())
+
+
+class LingeringTests(MountsTestCase):
+    """Unmounted lazily, and a file of it is open."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.lingering = self.up()
+        self.lingering.linger()
+
+    def test_the_same_is_mounted_again(self) -> None:
+        mounting = self.mounts.mount("/mnt", APP)
+        self.assertNoResult(mounting)
+        self.lingering.again.callback(True)
+        self.assertTrue(self.successResultOf(mounting)[0])
+        self.assertEqual(1, len(self.made))
+
+    def test_where_it_ends_meanwhile_a_new_one_is_mounted(self) -> None:
+        mounting = self.mounts.mount("/mnt", APP)
+        self.lingering.again.callback(False)
+        self.assertNoResult(mounting)
+        self.lingering.end()
+        self.made[1].come_up()
+        self.assertTrue(self.successResultOf(mounting)[0])
+
+    def test_where_it_cannot_be_mounted_again_that_is_said(self) -> None:
+        mounting = self.mounts.mount("/mnt", APP)
+        self.lingering.again.errback(MountError("/mnt is a mount point already"))
+        self.failureResultOf(mounting, MountError)
+
+    def test_another_waits_for_its_end_elsewhere(self) -> None:
+        said = self.refusal(MountedOtherwise, "/mnt", OTHER)
+        self.assertIn("is unmounted from /mnt, and a file is open", said)
+
+    def test_before_it_is_known_that_it_is_used_another_waits(self) -> None:
+        self.lingering.state.update(status=Status.READY)
+        self.lingering.record = self.lingering.state.record
+        mounting = self.mounts.mount("/mnt", OTHER)
+        self.assertNoResult(mounting)
+        self.lingering.end()
+        self.made[1].come_up()
+        self.assertTrue(self.successResultOf(mounting)[0])
+
+    def test_it_is_not_unmounted_twice(self) -> None:
+        self.successResultOf(self.mounts.unmount("/mnt", lazy=True))
+        failure = self.failureResultOf(self.mounts.unmount("/mnt", lazy=False), MountError)
+        self.assertEqual("/mnt is unmounted; a file is open", str(failure.value))
 
 
 class UpgradeTests(MountsTestCase):

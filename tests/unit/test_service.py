@@ -17,6 +17,7 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from erofs_twisted import devices, mounting, service, succession
 from erofs_twisted.errors import MountError, ReadError
+from erofs_twisted.handover import Handover
 from erofs_twisted.interfaces import Connected, HandedConnection, HandedDevice
 from erofs_twisted.mount.mountpoint import Busy
 from erofs_twisted.options import read_mount_config
@@ -130,6 +131,7 @@ class FakeMountpoint:
     async def mount(self, *arguments: Any) -> None:
         await self.world.step("mount")
         self.mount_id = 77
+        self.world.there = SimpleNamespace(source="/dev/nbd0", mount_id=77)
 
     async def unmount(self, lazy: bool = False) -> None:
         if self.world.unmounted.called:
@@ -139,6 +141,7 @@ class FakeMountpoint:
             self.world.events.append("busy")
             raise Busy(self.path, [], [])
         await self.world.step("unmount lazily" if lazy else "unmount")
+        self.world.there = None
         self.world.unmounted.callback(None)
 
     async def remove_if_made(self) -> None:
@@ -360,6 +363,117 @@ class InUseTests(MountServiceTestCase):
         self.assert_ended(1)
         self.assertIn("disconnected by somebody else", self.record().reason)
         self.assertEqual("", self.record().device, "it was given back")
+
+
+class LingeringTests(MountServiceTestCase):
+    """Unmounted by somebody else, lazily: a file is still open."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.world.held = 100
+        self.start()
+        self.world.there = None
+        self.world.unmounted.callback(None)
+        self.world.unmounted = Deferred()
+        self.mount = self.service.mount
+        self.world.events.clear()
+
+    def is_on_record(self) -> tuple[Status, int]:
+        record = self.record()
+        return record.status, record.mount_id
+
+    def test_it_is_on_record_as_unmounted(self) -> None:
+        self.assertEqual((Status.UNMOUNTED, 0), self.is_on_record())
+        self.assertFalse(self.mount.is_mounted)
+        self.service.request_stop("SIGTERM")
+        self.reactor.advance(mounting.HELD_RETRY)
+        self.assertEqual(([], 0), (self.world.events, self.stopped))
+
+    def test_it_is_mounted_again_and_serves_on(self) -> None:
+        self.assertTrue(self.successResultOf(self.mount.mount_again()))
+        self.assertEqual((["check", "mount"], (Status.READY, 77)), (self.world.events, self.is_on_record()))
+        self.assertEqual("", self.record().reason)
+        self.world.held = 0
+        self.service.request_stop("SIGTERM")
+        self.assertEqual(STOPPED, self.world.events[2:])
+        self.assert_ended(0)
+
+    def test_mounted_again_it_lingers_again(self) -> None:
+        self.successResultOf(self.mount.mount_again())
+        self.world.there = None
+        self.world.unmounted.callback(None)
+        self.assertEqual((Status.UNMOUNTED, 0), self.is_on_record())
+        self.world.held = 0
+        self.reactor.advance(mounting.HELD_RETRY)
+        self.assert_ended(0)
+
+    def test_where_it_cannot_be_mounted_that_is_said_and_it_lingers_on(self) -> None:
+        self.world.fails["check"] = MountError("/mnt is a mount point already")
+        self.failureResultOf(self.mount.mount_again(), MountError)
+        self.assertEqual((Status.UNMOUNTED, 0), self.is_on_record())
+        del self.world.fails["check"]
+        self.assertTrue(self.successResultOf(self.mount.mount_again()))
+
+    def test_where_it_ends_instead_that_is_said(self) -> None:
+        self.world.held = 0
+        self.world.waits["detach"] = Deferred()
+        self.reactor.advance(mounting.HELD_RETRY)
+        again = self.mount.mount_again()
+        self.assertNoResult(again)
+        self.world.waits["detach"].callback(None)
+        self.assertFalse(self.successResultOf(again))
+
+    def test_it_is_left_to_the_next_daemon_which_does_not_mount_it(self) -> None:
+        async def at_once(reactor: object, pool: object, call: Callable[..., Any], *arguments: Any) -> Any:
+            return call(*arguments)
+
+        self.patch(succession, "in_thread", at_once)
+        self.service.leave()
+        self.assertEqual("leave device", self.world.events[0])
+        self.assert_ended(0)
+        assert self.exit_status.line is not None
+        self.exit_status.line.close()
+        self.assertEqual((Status.UNMOUNTED, 0), self.is_on_record())
+        self.take_over({"/dev/nbd0": HandedDevice(path="/dev/nbd0")})
+        self.assertEqual(["open", "adopt", "check image"], self.world.events)
+        self.assertEqual((Status.UNMOUNTED, 0), self.is_on_record())
+        self.world.held = 0
+        self.reactor.advance(mounting.HELD_RETRY)
+        self.assert_ended(0)
+
+    def test_where_it_is_not_wanted_the_device_goes_with_its_last_user(self) -> None:
+        assert self.mount._state is not None
+        self.mount._state.update(pid_started=1)
+        os.close(self.mount._state._lock)
+        for is_held, steps in ((True, ["open", "adopt", "check image"]), (False, ["disconnect /dev/nbd0"])):
+            identifier = self.world.identifier
+            self.begin_anew(World(held=100, identifier=identifier))
+            self.world.devices = [
+                Connected(path="/dev/nbd0", size=8192, identifier=identifier, is_held=is_held)
+            ]
+            mount = mounting.Mount(
+                self.reactor, self.service._config, devices.Devices(self.reactor), is_wanted=False
+            )
+            life = Deferred.fromCoroutine(mount.live())
+            self.assertEqual(steps, self.world.events[: len(steps)])
+            if is_held:
+                self.assertTrue(mount.ready.called)
+                self.assertEqual((Status.UNMOUNTED, 0), self.is_on_record())
+                mount.leave()
+            self.assertIsNone(self.successResultOf(life))
+        self.assertIsNone(self.record())
+
+    def take_over(self, handed: dict[str, HandedDevice]) -> None:
+        """Another daemon, to which they are handed over."""
+        device = Connected(path="/dev/nbd0", size=8192, identifier=self.world.identifier, is_held=True)
+        self.begin_anew(World(held=100))
+        self.world.devices = [device]
+
+        async def take(succession: object) -> Handover:
+            return Handover(1, handed)
+
+        self.patch(service.Succession, "take", take)
+        self.start()
 
 
 class FullDiskTests(MountServiceTestCase):

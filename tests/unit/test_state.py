@@ -166,6 +166,15 @@ class JournalTests(SynchronousTestCase):
             (record.status, record.image, record.backend, record.device),
         )
 
+    def test_one_that_was_unmounted_stays_so_until_it_is_known_if_it_is_wanted(self) -> None:
+        for status, then in ((Status.UNMOUNTED, Status.UNMOUNTED), (Status.STOPPING, Status.STARTING)):
+            state = self.journal.claim("/mnt", "a")
+            state.update(status=status, reason="it is in use", backend="nbd", device="/dev/nbd7")
+            state.leave()
+            state = self.journal.claim("/mnt", "a")
+            self.assertEqual(then, self.journal.read("/mnt").status)
+            state.release()
+
     def test_a_damaged_record_is_replaced(self) -> None:
         self.journal.claim("/mnt", "a").release("no such image")
         (self.journal.directory("/mnt") / "record.json").write_text("{")

@@ -95,6 +95,22 @@ class PlanTests(SynchronousTestCase):
             self.assertEqual(AFRESH, make_plan(fuse, nothing))
             self.assertEqual(AFRESH, make_plan(attrs.evolve(fuse, device="", mount_id=0), nothing))
 
+    def test_one_that_was_unmounted_is_served_for_who_uses_it_and_ends(self) -> None:
+        over = record(status=Status.UNMOUNTED, mount_id=0)
+        free = attrs.evolve(DEVICE, is_held=False)
+        for source, mount_id in (("", 0), ("tmpfs", 5)):
+            there = seen(source=source, mount_id=mount_id)
+            self.assertEqual(Plan((Step.ADOPT, Step.LINGER), "/dev/nbd3"), make_plan(over, there, False))
+            there = attrs.evolve(there, devices=[free])
+            self.assertEqual(Plan((Step.DISCONNECT, Step.FORGET), "/dev/nbd3"), make_plan(over, there, False))
+            there = attrs.evolve(there, devices=[])
+            self.assertEqual(Plan((Step.FORGET,)), make_plan(over, there, False))
+        self.assertEqual(Plan((Step.FORGET,)), make_plan(over, seen(boot="later"), False))
+
+    def test_one_that_was_mounted_again_before_that_was_on_record_stays(self) -> None:
+        over = record(status=Status.UNMOUNTED, mount_id=0)
+        self.assertEqual(Plan((Step.ADOPT, Step.KEEP), "/dev/nbd3", 77), make_plan(over, SEEN, False))
+
     def test_every_combination_has_a_plan_that_ends_in_a_whole_mount_and_touches_only_ours(self) -> None:
         records = [
             None,
