@@ -1,13 +1,13 @@
 PYTHON = .venv/bin/python
 
-.PHONY: help setup demo test check unit integration kernel bench bench-quick endurance soak docs clean
+.PHONY: help setup demo test check unit integration kernel systemd bench bench-quick endurance soak docs clean
 
 help:
 	@echo "make demo         mount a real EROFS image from a registry on loopback, and check every file of it"
 	@echo "make test         everything: style, types, unit, integration with real servers, kernel suite"
 	@echo "make setup        Debian packages and .venv, as demo and test do it themselves"
 	@echo "make check        ruff, mypy"
-	@echo "make unit | integration | kernel    a part of the tests"
+	@echo "make unit | integration | kernel | systemd    a part of the tests"
 	@echo "make bench        speed, side by side with other programs, in a table; bench-quick in two minutes"
 	@echo "make endurance    faults, outages, expiries: what the registry's client lives through, in 35 minutes"
 	@echo "make soak         a daemon with many mounts under all faults at once, for ten minutes"
@@ -20,9 +20,9 @@ demo:
 	scripts/setup demo
 	$(PYTHON) examples/demo.py
 
-# Side by side: the one waits for servers, the other has a kernel with one processor.
+# Two side by side: the first waits for servers, and the others have a kernel with one processor.
 test: check unit
-	$(MAKE) --no-print-directory --jobs=2 --output-sync=target integration kernel
+	$(MAKE) --no-print-directory --jobs=2 --output-sync=target integration kernel systemd
 
 check: setup
 	.venv/bin/ruff check .
@@ -38,6 +38,10 @@ integration: setup
 
 kernel: setup
 	tests/kernel/run
+
+systemd: setup
+	tests/kernel/run --systemd --seconds 600
+	$(PYTHON) -m tests.systemd.shutdown
 
 bench: setup
 	$(PYTHON) -m benchmarks.slow_disk

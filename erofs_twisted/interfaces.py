@@ -204,10 +204,14 @@ class IMounts(Interface):
     def one(mountpoint: str) -> dict[str, Any]:
         """One of them. Raises `erofs_twisted.control.errors.NoSuchMount`."""
 
-    def mount(mountpoint: str, options: Mapping[str, str | bool]) -> Deferred[tuple[bool, dict[str, Any]]]:
+    def mount(
+        mountpoint: str, options: Mapping[str, str | bool], reach: str = ""
+    ) -> Deferred[tuple[bool, dict[str, Any]]]:
         """Mount an image, with options as they are typed. A Deferred that fires when it can be used: with
         whether it is new, and what it is. It fails with `erofs_twisted.control.errors.MountedOtherwise`, or
-        another `erofs_twisted.errors.ErofsTwistedError`. A caller that goes away does not end it."""
+        another `erofs_twisted.errors.ErofsTwistedError`. A caller that goes away does not end it.
+
+        ``reach`` is as `erofs_twisted.mount.mountpoint.Mountpoint` has it, and '' or the caller's own."""
 
     def unmount(mountpoint: str, lazy: bool) -> Deferred[None]:
         """A Deferred of None when nothing is left of it; with ``lazy``, when it is out of the directory tree.

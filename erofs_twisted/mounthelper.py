@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn, TypeVar
 
 import click
 
 from erofs_twisted.control.starting import have_daemon
 from erofs_twisted.errors import MountError
+from erofs_twisted.mount.mountinfo import is_trapped
+from erofs_twisted.mount.mountpoint import mounts_here
 from erofs_twisted.options import OCI_KEYS, OPTIONS, OptionError, read_mount_call, read_state_dir
 from erofs_twisted.process import conceal_arguments
 from erofs_twisted.running import run_command
@@ -110,9 +113,28 @@ def mount(
     if fake:
         return
     path = os.path.realpath(mountpoint)
-    mounted = have_daemon(read_state_dir(values)).mount(path, call, None)
+    daemon = have_daemon(read_state_dir(values))
+    with _reach(path) as reach:
+        mounted = daemon.mount(path, call, None, reach)
     if verbose:
         click.echo(f"{mounted['image']} ({mounted['digest']}) on {path} through {mounted['device']}")
+
+
+@contextmanager
+def _reach(path: str) -> Iterator[str]:
+    """Another way to the directory where an automount waits for it, else ''.
+
+    Whoever looks it up waits until something is mounted there, and so would the daemon. But not those whom
+    systemd has started to mount it, in its own process group: such a one has it open for the daemon.
+    """
+    if not is_trapped(mounts_here(), path):
+        yield ""
+        return
+    descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    try:
+        yield f"/proc/{os.getpid()}/fd/{descriptor}"
+    finally:
+        os.close(descriptor)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})

@@ -75,7 +75,7 @@ class Mount:
     """One mount of what ``config`` says, on one of a daemon's ``devices``; ``service`` says whether other
     mounts may be that daemon's, too. It is of the manifest ``pinned``, if that is given, whatever its tag
     stands for. Where it is not ``is_wanted``, what an earlier daemon has unmounted is only served to its end.
-    `live` is called once."""
+    ``reach`` is as `Mountpoint` has it. `live` is called once."""
 
     log = Logger()
 
@@ -88,6 +88,7 @@ class Mount:
         service: bool = False,
         pinned: str = "",
         is_wanted: bool = True,
+        reach: str = "",
     ) -> None:
         self.config = config
         self.ready: Deferred[None] = Deferred()
@@ -101,6 +102,7 @@ class Mount:
         self._service = service
         self._digest = pinned
         self._is_wanted = is_wanted
+        self._reach = reach
         self._again: list[Deferred[bool]] = []
         self._events: DeferredQueue[Event] = DeferredQueue()
         self._give_up: Callable[[], object] | None = None
@@ -125,9 +127,10 @@ class Mount:
         else:
             await self._mountpoint.unmount(lazy=lazy)
 
-    def mount_again(self) -> Deferred[bool]:
+    def mount_again(self, reach: str = "") -> Deferred[bool]:
         """Mount what was unmounted, and is served still for who uses it. True when it is mounted, False when
         it has ended instead. Fails with `MountError`."""
+        self._reach = reach
         done: Deferred[bool] = Deferred()
         self._again.append(done)
         self._events.put(Event.MOUNT)
@@ -195,7 +198,7 @@ class Mount:
         began = reactor.seconds()
         pool = SystemCallPool(reactor)
         undo.push_async_callback(pool.stop)
-        mountpoint = Mountpoint(reactor, pool, config.mountpoint)
+        mountpoint = Mountpoint(reactor, pool, config.mountpoint, self._reach)
         shared, handed = self._devices.pool, self._devices.handed
         nbd = NetlinkConnector(reactor, shared, config.nbd, handed=handed)
         fuse = FuseConnector(reactor, shared, str(state.path), handed=handed)
@@ -447,6 +450,7 @@ class Mount:
     async def _mount_again(self, undo: AsyncExitStack, there: _There, state: MountState) -> bool:
         """Done? Where it cannot be mounted, those who asked for it are told."""
         try:
+            there.mountpoint.reach = self._reach
             await self._prepare(there.mountpoint, state)
             await self._mount(there.mountpoint, there.served)
         except MountError as error:

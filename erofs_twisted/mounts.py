@@ -156,9 +156,9 @@ class Mounts:
         """As `IMounts.one`."""
         return self._told(mountpoint, self._find(mountpoint))
 
-    def mount(self, mountpoint: str, options: Options) -> Deferred[tuple[bool, Any]]:
+    def mount(self, mountpoint: str, options: Options, reach: str = "") -> Deferred[tuple[bool, Any]]:
         """As `IMounts.mount`."""
-        return Deferred.fromCoroutine(self._mount(mountpoint, options))
+        return Deferred.fromCoroutine(self._mount(mountpoint, options, reach=reach))
 
     def unmount(self, mountpoint: str, lazy: bool) -> Deferred[None]:
         """As `IMounts.unmount`."""
@@ -215,9 +215,9 @@ class Mounts:
         await self.devices.close()
 
     async def _mount(
-        self, mountpoint: str, options: Options, pinned: str = "", is_wanted: bool = True
+        self, mountpoint: str, options: Options, pinned: str = "", is_wanted: bool = True, reach: str = ""
     ) -> tuple[bool, Any]:
-        config = await self._read(mountpoint, options)
+        config = await self._read(mountpoint, options, bool(reach))
         while (running := self._running.get(config.mountpoint)) is not None:
             record = running.mount.record
             if record is not None and record.status is Status.STOPPING:
@@ -227,7 +227,7 @@ class Mounts:
             if running.is_up and not running.mount.is_mounted:
                 # It is about to end, unless somebody has files of it open.
                 if refusal is None:
-                    if await running.mount.mount_again():
+                    if await running.mount.mount_again(reach):
                         return True, self._told(config.mountpoint, running)
                 elif record is not None and record.status is Status.UNMOUNTED:
                     raise MountedOtherwise(
@@ -242,12 +242,12 @@ class Mounts:
             running.raise_unless_up()
             return False, self._told(config.mountpoint, running)
         _check_files()
-        running = self._begin(config, pinned, is_wanted)
+        running = self._begin(config, pinned, is_wanted, reach)
         await running.when_settled()
         running.raise_unless_up()
         return True, self._told(config.mountpoint, running)
 
-    async def _read(self, mountpoint: str, options: Options) -> MountConfig:
+    async def _read(self, mountpoint: str, options: Options, is_resolved: bool) -> MountConfig:
         if not os.path.isabs(mountpoint):
             raise CallError(f"the mount point {mountpoint!r} is not an absolute path")
         unknown = options.keys() - OPTIONS.keys() - {"password"}
@@ -255,13 +255,21 @@ class Mounts:
             raise CallError(f"there is no option {min(unknown)!r}")
         values = {**self._defaults, **options, "mountpoint": mountpoint, "state-dir": str(self._state_dir)}
         # The path may lead through a mount of our own, which this thread serves.
-        config = await in_thread(self._reactor, self.devices.pool, read_mount_config, values)
+        config = await in_thread(self._reactor, self.devices.pool, read_mount_config, values, is_resolved)
         if self._is_closing:
             raise MountError("the daemon is about to end, or to be replaced: call again")
         return config
 
-    def _begin(self, config: MountConfig, pinned: str, is_wanted: bool) -> _Running:
-        mount = Mount(self._reactor, config, self.devices, service=True, pinned=pinned, is_wanted=is_wanted)
+    def _begin(self, config: MountConfig, pinned: str, is_wanted: bool, reach: str) -> _Running:
+        mount = Mount(
+            self._reactor,
+            config,
+            self.devices,
+            service=True,
+            pinned=pinned,
+            is_wanted=is_wanted,
+            reach=reach,
+        )
         running = self._running[config.mountpoint] = _Running(mount)
         _ = mount.ready.addCallback(lambda _: running.come_up())
         life = Deferred.fromCoroutine(mount.live())

@@ -222,14 +222,16 @@ def _registry_settings(values: Values, reference: ImageReference | LayoutReferen
     )
 
 
-def read_mount_config(values: Values) -> MountConfig:
-    """From what was typed. Raises `OptionError`."""
+def read_mount_config(values: Values, is_resolved: bool = False) -> MountConfig:
+    """From what was typed. The mount point is looked up, unless it ``is_resolved``. Raises `OptionError`."""
     for required, example in (("image", "registry.example/app:1.2"), ("mountpoint", "/mnt")):
         if not values.get(required):
             raise OptionError(required, f"is missing; for example: --{required} {example}")
     settings = NBDSettings()
     image = read_image_config(str(values["image"]), values)
-    mountpoint = os.path.realpath(str(values["mountpoint"]))
+    mountpoint = str(values["mountpoint"])
+    if not is_resolved:
+        mountpoint = os.path.realpath(mountpoint)
     for option, path in _watched_files(image.registry):
         # It is looked at again while the mount lives, by the thread that the mount needs to answer.
         if Path(os.path.realpath(path)).is_relative_to(mountpoint):

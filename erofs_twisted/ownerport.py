@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import socket
 import stat
@@ -14,6 +15,8 @@ from twisted.python.failure import Failure
 from erofs_twisted.errors import ErofsTwistedError
 
 OWNER_ONLY = 0o600
+FIRST_INHERITED = 3
+"""SD_LISTEN_FDS_START: the first of those that systemd has opened."""
 
 
 class SocketInUse(ErofsTwistedError):
@@ -39,6 +42,8 @@ class OwnerPort(unix.Port):
     ) -> OwnerPort:
         """One of a socket that listens already; it is duplicated. ``owns_file`` says whether the file is to
         be removed at the end."""
+        # One of systemd's is not; the reactor would wait in accept(2).
+        listening.setblocking(False)
         port: OwnerPort = cls._fromListeningDescriptor(  # type: ignore[no-untyped-call]
             reactor, listening.fileno(), factory
         )
@@ -75,6 +80,29 @@ class OwnerPort(unix.Port):
             os.unlink(self._path)
         # Past `unix.Port`, which would remove whatever has that name by now.
         tcp.Port.connectionLost(self, reason)
+
+
+def find_inherited(path: str) -> socket.socket | None:
+    """The socket that systemd has opened for this process, or for its parent, to listen at ``path``.
+
+    It is known by what it is. LISTEN_PID and LISTEN_FDS (sd_listen_fds(3)) tell one process, once: Twisted
+    takes them out of the environment when it is imported, and the socket outlives forks and upgrades.
+    """
+    for descriptor in itertools.count(FIRST_INHERITED):
+        try:
+            found = socket.socket(fileno=descriptor)
+        except OSError:  # not open, or no socket
+            return None
+        listens = found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+        if listens and found.family == socket.AF_UNIX and _is_at(found, path):
+            return found
+        found.detach()
+    raise AssertionError("descriptors end")
+
+
+def _is_at(listening: socket.socket, path: str) -> bool:
+    name: str = listening.getsockname()
+    return os.path.realpath(name) == os.path.realpath(path)
 
 
 def is_dead(path: str) -> bool:

@@ -120,7 +120,6 @@ class _Supervisor:
     def _fork(self) -> _Daemon | socket.socket:
         """The child; in that, its end of the line to the daemon after it."""
         signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED)
-        parent = os.getpid()
         after, ours = make_line()
         pid = os.fork()
         if pid:
@@ -130,8 +129,6 @@ class _Supervisor:
         ours.close()
         for number in HANDLED:
             signal.signal(number, signal.SIG_DFL)
-        if os.environ.get("LISTEN_PID") == str(parent):
-            os.environ["LISTEN_PID"] = str(os.getpid())
         signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED)
         return after
 

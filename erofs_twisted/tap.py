@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import socket
 import sys
 
 from twisted.application.service import IService
 from twisted.python import usage
-from twisted.python.systemd import ListenFDs
 
+from erofs_twisted.control import SOCKET
 from erofs_twisted.options import (
     OPTIONS,
     MountConfig,
@@ -18,6 +17,7 @@ from erofs_twisted.options import (
     read_mount_config,
     read_service_config,
 )
+from erofs_twisted.ownerport import find_inherited
 from erofs_twisted.process import (
     ExitStatus,
     begun_anew,
@@ -118,7 +118,5 @@ def makeService(options: Options) -> IService:
         return MountService(reactor, config, exit_status, lines)
     from erofs_twisted.mountsservice import MountsService
 
-    inherited = [socket.socket(fileno=each) for each in ListenFDs.fromEnvironment().inheritedDescriptors()]
-    return MountsService(
-        reactor, config.defaults, config.state_dir, exit_status, next(iter(inherited), None), lines
-    )
+    inherited = find_inherited(str(config.state_dir / SOCKET))
+    return MountsService(reactor, config.defaults, config.state_dir, exit_status, inherited, lines)

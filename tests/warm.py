@@ -36,6 +36,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 from types import SimpleNamespace
 from typing import Any
 
@@ -199,6 +200,7 @@ class WarmProcess:
     """This module as a program, for as long as the process that asks it."""
 
     _process: subprocess.Popen[str] = attrs.field(init=False)
+    _lock: Lock = attrs.field(init=False, factory=Lock)
 
     def __attrs_post_init__(self) -> None:
         self._process = subprocess.Popen(
@@ -213,8 +215,9 @@ class WarmProcess:
     def start(self, **command: Any) -> int:
         """The process number of a new one."""
         assert self._process.stdin is not None and self._process.stdout is not None
-        print(json.dumps(command), file=self._process.stdin, flush=True)
-        return int(json.loads(self._process.stdout.readline())["pid"])
+        with self._lock:
+            print(json.dumps(command), file=self._process.stdin, flush=True)
+            return int(json.loads(self._process.stdout.readline())["pid"])
 
     def end(self) -> None:
         self._process.communicate()

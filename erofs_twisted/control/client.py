@@ -65,10 +65,13 @@ class Daemon:
             raise MountError(str(said.get("error", response.status)))
         return said
 
-    def mount(self, mountpoint: str, options: Mapping[str, str | bool], timeout: float | None) -> Any:
+    def mount(
+        self, mountpoint: str, options: Mapping[str, str | bool], timeout: float | None, reach: str = ""
+    ) -> Any:
         """Mount the image that is among the options; when it can be used, what it is. The same again is no
-        error."""
-        return self.call("PUT", _mount(mountpoint), dict(options), timeout)
+        error. ``reach`` is as `erofs_twisted.mount.mountpoint.Mountpoint` has it."""
+        where = _mount(mountpoint) + (f"?{urlencode({'reach': reach})}" if reach else "")
+        return self.call("PUT", where, dict(options), timeout)
 
     def unmount(self, mountpoint: str, lazy: bool) -> None:
         self.call("DELETE", f"{_mount(mountpoint)}?{urlencode({'lazy': str(lazy).lower()})}", timeout=None)

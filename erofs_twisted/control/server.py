@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import struct
 from collections.abc import Mapping
@@ -77,7 +78,7 @@ class Control(Resource):
             case "GET", "v1", "mounts", path:
                 return 200, mounts.one(path)
             case "PUT", "v1", "mounts", path:
-                is_new, mount = await mounts.mount(path, _options(request))
+                is_new, mount = await mounts.mount(path, _options(request), _reach(request))
                 return 201 if is_new else 200, mount
             case "DELETE", "v1", "mounts", path:
                 await mounts.unmount(path, lazy=_query(request, "lazy") == "true")
@@ -128,6 +129,13 @@ def _text(part: bytes) -> str:
 def _query(request: Request, name: str) -> str:
     values = request.args.get(name.encode(), [b""])
     return _text(values[0])
+
+
+def _reach(request: Request) -> str:
+    reach = _query(request, "reach")
+    if reach and not re.fullmatch(r"/proc/[0-9]+/fd/[0-9]+", reach):
+        raise CallError(f"reach={reach!r:.40} is no open file of a process, as /proc/123/fd/4")
+    return reach
 
 
 def _number(request: Request, name: str) -> int:

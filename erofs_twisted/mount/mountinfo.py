@@ -7,6 +7,8 @@ from collections.abc import Iterable
 
 import attrs
 
+AUTOMOUNT = "autofs"
+
 
 @attrs.frozen
 class Mount:
@@ -27,9 +29,15 @@ def parse_mountinfo(content: bytes) -> list[Mount]:
     return [mount for line in content.split(b"\n") if (mount := _parse_line(line)) is not None]
 
 
+def is_trapped(mounts: Iterable[Mount], path: str) -> bool:
+    """Does an automount wait there for somebody who looks?"""
+    return any(mount.path == path and mount.fstype == AUTOMOUNT for mount in mounts)
+
+
 def mount_at(mounts: Iterable[Mount], path: str) -> Mount | None:
-    """The mount that ``path``, absolute and free of symbolic links, leads to: the topmost of those there."""
-    stacked = [mount for mount in mounts if mount.path == path]
+    """The mount that ``path``, absolute and free of symbolic links, leads to: the topmost of those there. The
+    trap of an automount is none."""
+    stacked = [mount for mount in mounts if mount.path == path and mount.fstype != AUTOMOUNT]
     covered = {mount.parent_id for mount in stacked}
     on_top = [mount for mount in stacked if mount.mount_id not in covered]
     return on_top[-1] if on_top else None

@@ -34,13 +34,16 @@ class Busy(MountError):
 class Mountpoint:
     """One directory. Whatever may touch the file system mounted on it runs in a thread of ``pool``.
 
-    ``path`` is as given until `check` or `mount` has run, and free of symbolic links from then on.
+    ``path`` is as given until `check` or `mount` has run, and free of symbolic links from then on. Where a
+    lookup of it would wait for what is to be mounted there, as one of an automount does, ``reach`` is another
+    way to the directory, a file below /proc that somebody has open; ``path`` has no symbolic links then.
     """
 
     log = Logger()
 
-    def __init__(self, reactor: Any, pool: ThreadPool, path: str) -> None:
+    def __init__(self, reactor: Any, pool: ThreadPool, path: str, reach: str = "") -> None:
         self.path = path
+        self.reach = reach
         self._reactor = reactor
         self._pool = pool
         self._made = False
@@ -50,7 +53,7 @@ class Mountpoint:
         """See that it can be mounted on: a directory, and no mount point already. ``make`` makes it where it
         is missing. Raises `MountError`."""
         (self.path, self._made), cancelled = await in_thread_to_its_end(
-            self._reactor, self._pool, _prepare, self.path, make
+            self._reactor, self._pool, _prepare, self.path, self.reach, make
         )
         if cancelled:
             await self.remove_if_made()
@@ -61,7 +64,7 @@ class Mountpoint:
 
         mount(2) cannot be called off: when cancelled, this waits for it to end, and undoes it."""
         self._mount_id, cancelled = await in_thread_to_its_end(
-            self._reactor, self._pool, _mount, source, self.path, fstype, options
+            self._reactor, self._pool, _mount, source, self.path, self.reach, fstype, options
         )
         if cancelled:
             await self.unmount(lazy=True)
@@ -116,9 +119,13 @@ def remove_empty(path: str) -> None:
         os.rmdir(path)
 
 
-def _prepare(path: str, make: bool) -> tuple[str, bool]:
+def _prepare(path: str, reach: str, make: bool) -> tuple[str, bool]:
     made = False
     try:
+        if reach:
+            if os.readlink(reach) != path or not os.path.isdir(reach):
+                raise MountError(f"{reach} is not the directory {path}")
+            return path, False
         if make and not os.path.lexists(path):
             os.mkdir(path, 0o755)
             made = True
@@ -139,10 +146,10 @@ def _prepare(path: str, make: bool) -> tuple[str, bool]:
     return path, made
 
 
-def _mount(source: str, path: str, fstype: str, options: MountOptions) -> int:
+def _mount(source: str, path: str, reach: str, fstype: str, options: MountOptions) -> int:
     """The new mount's id; 0, which no mount has, if somebody has unmounted it already."""
     try:
-        mount(source, path, fstype, options.flags, options.data)
+        mount(source, reach or path, fstype, options.flags, options.data)
     except OSError as error:
         raise MountError(
             f"the kernel cannot mount {source} on {path} (type {fstype}): {error.strerror}"

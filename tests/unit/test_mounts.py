@@ -34,6 +34,7 @@ class FakeMount:
     state_dir: Path
     pinned: str = ""
     is_wanted: bool = True
+    reach: str = ""
     ready: Deferred[None] = attrs.field(factory=Deferred)
     life: Deferred[str | None] = attrs.field(factory=Deferred)
     stops: int = 0
@@ -72,7 +73,8 @@ class FakeMount:
         self.state.update(status=Status.UNMOUNTED, reason="a file is open")
         self.record = self.state.record
 
-    def mount_again(self) -> Deferred[bool]:
+    def mount_again(self, reach: str) -> Deferred[bool]:
+        self.reach = reach
         return self.again
 
     def end(self, failure: str | None = None) -> None:
@@ -110,10 +112,18 @@ class MountsTestCase(SynchronousTestCase):
         self.mounts = mounts.Mounts(self.clock, {"fill": "off"}, self.state_dir, self.lines)
 
     def make(
-        self, reactor: object, config: Any, devices: object, *, service: bool, pinned: str, is_wanted: bool
+        self,
+        reactor: object,
+        config: Any,
+        devices: object,
+        *,
+        service: bool,
+        pinned: str,
+        is_wanted: bool,
+        reach: str,
     ) -> FakeMount:
         self.assertTrue(service)
-        self.made.append(FakeMount(config, self.state_dir, pinned, is_wanted))
+        self.made.append(FakeMount(config, self.state_dir, pinned, is_wanted, reach))
         return self.made[-1]
 
     async def at_once(self, reactor: object, pool: object, call: Any, *arguments: Any) -> Any:

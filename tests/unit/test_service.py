@@ -65,7 +65,7 @@ class World:
     def install(self, case: SynchronousTestCase) -> None:
         parts: dict[str, Any] = {
             "SystemCallPool": lambda reactor: SimpleNamespace(stop=lambda: self.step("stop pool")),
-            "Mountpoint": lambda reactor, pool, path: FakeMountpoint(self, path),
+            "Mountpoint": lambda reactor, pool, path, reach: FakeMountpoint(self, path, reach),
             "NetlinkConnector": lambda *arguments, **keywords: FakeConnector(self),
             "FuseConnector": lambda *arguments, **keywords: FakeConnector(self, "fuse"),
             "NBDServer": lambda reactor: SimpleNamespace(
@@ -112,6 +112,7 @@ class World:
 class FakeMountpoint:
     world: World
     path: str
+    reach: str = ""
     mount_id: int = 0
     made: bool = False
 
