@@ -87,7 +87,7 @@ class Mountpoint:
 
     async def is_missing(self) -> bool:
         """Is there nothing of that name?"""
-        return not await in_thread(self._reactor, self._pool, os.path.lexists, self.path)
+        return not self.reach and not await in_thread(self._reactor, self._pool, os.path.lexists, self.path)
 
     def adopt(self, mount_id: int, made: bool) -> None:
         """An earlier process has mounted that, unless it is 0, and ``made`` the directory."""

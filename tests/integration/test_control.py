@@ -214,6 +214,8 @@ class SocketTests(ControlTestCase):
         self.assertEqual((400, True), (status, "longer than" in said["error"]))
         self.assertIn("'colour'", call("PUT", where, b'{"image": "a", "colour": "red"}')[1]["error"])
         self.assertIn("absolute", call("PUT", "/v1/mounts/mnt", b'{"image": "a"}')[1]["error"])
+        status, said = call("PUT", f"{where}?reach=/etc", b'{"image": "a"}')
+        self.assertEqual((400, True), (status, "no open file of a process" in said["error"]), said)
         self.assertEqual((200, {"mounts": []}), call("GET", "/v1/mounts"))
         self.assert_all_gone()
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
-from erofs_twisted.mount.mountinfo import Mount, mount_at, mounts_below, parse_mountinfo
+from erofs_twisted.mount.mountinfo import Mount, is_trapped, mount_at, mounts_below, parse_mountinfo
 
 SAMPLE = rb"""
 23 1 254:0 / / rw,relatime shared:1 - ext4 /dev/vda rw
@@ -53,6 +53,14 @@ class MountinfoTests(SynchronousTestCase):
 
     def test_a_path_that_is_no_mount_point_leads_to_none(self) -> None:
         self.assertIsNone(mount_at(parse_mountinfo(SAMPLE), "/mnt"))
+
+    def test_the_trap_of_an_automount_is_no_mount(self) -> None:
+        trap = b"30 23 0:50 / /auto rw - autofs systemd-1 rw,fd=9,direct"
+        self.assertTrue(is_trapped(parse_mountinfo(trap), "/auto"))
+        self.assertFalse(is_trapped(parse_mountinfo(SAMPLE), "/mnt"))
+        self.assertIsNone(mount_at(parse_mountinfo(trap), "/auto"))
+        both = parse_mountinfo(trap + b"\n31 30 43:0 / /auto ro - erofs /dev/nbd0 ro")
+        self.assertEqual(31, mount_at(both, "/auto").mount_id)
 
     def test_mounts_below_stand_on_it(self) -> None:
         below = mounts_below(parse_mountinfo(SAMPLE), 25)

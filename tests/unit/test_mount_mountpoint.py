@@ -48,6 +48,32 @@ class CheckTests(MountpointTestCase):
         self.run_to(mountpoint.check())
         self.assertEqual(self.path, mountpoint.path)
 
+    def test_where_another_way_leads_to_it_its_name_is_not_looked_up(self) -> None:
+        os.mkdir(self.path)
+        descriptor = os.open(self.path, os.O_PATH)
+        self.addCleanup(os.close, descriptor)
+        reach = f"/proc/{os.getpid()}/fd/{descriptor}"
+        mountpoint = Mountpoint(ThreadlessReactor(), self.pool, self.path, reach)
+        with (
+            patch.object(module.os, "lstat", side_effect=AssertionError),
+            patch.object(module.os.path, "lexists", side_effect=AssertionError),
+        ):
+            self.assertFalse(self.run_to(mountpoint.is_missing()))
+            self.run_to(mountpoint.check(make=True))
+        self.assertEqual(self.path, mountpoint.path)
+
+    def test_another_way_that_leads_elsewhere_or_to_a_file_is_refused(self) -> None:
+        os.mkdir(self.path)
+        file = Path(self.path, "file")
+        file.touch()
+        for path, opened in ((self.path, self.directory), (str(file), str(file)), (self.path, "")):
+            descriptor = os.open(opened, os.O_PATH) if opened else 1_000_000
+            reach = f"/proc/self/fd/{descriptor}"
+            refusal = self.refusal(Mountpoint(ThreadlessReactor(), self.pool, path, reach).check())
+            self.assertIn(path, refusal)
+            if opened:
+                os.close(descriptor)
+
     def test_a_missing_directory_is_named_with_the_option_that_makes_it(self) -> None:
         reason = self.refusal(self.at().check())
         self.assertIn(self.path, reason)
@@ -152,6 +178,12 @@ class MountTests(MountpointTestCase):
     def test_mount_passes_on_what_it_was_given(self) -> None:
         self.run_to(self.at().mount("/dev/nbd0", "erofs", MountOptions(data="user_xattr")))
         self.assertEqual([("mount", "/dev/nbd0", self.path, "erofs", 7, "user_xattr")], self.calls)
+
+    def test_it_is_mounted_by_the_way_that_leads_there(self) -> None:
+        mountpoint = Mountpoint(ThreadlessReactor(), self.pool, self.path, "/proc/1/fd/2")
+        self.run_to(mountpoint.mount("/dev/nbd0", "erofs", MountOptions()))
+        self.assertEqual("/proc/1/fd/2", self.calls[0][2])
+        self.assertEqual(7, mountpoint.mount_id)
 
     def test_a_refused_mount_says_why_and_what_to_do(self) -> None:
         causes = {
