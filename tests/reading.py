@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 PIECE = 128 * 1024
+PATIENCE = 60.0
 
 
 class Reader:
@@ -48,7 +49,8 @@ class Reader:
 
     def kill(self) -> None:
         self._process.kill()
-        self._process.communicate()
+        # It cannot end while it waits for a daemon that is not there.
+        self._process.communicate(timeout=PATIENCE)
 
 
 def main(path: str, original: str, seed: str) -> None:

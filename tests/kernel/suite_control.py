@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import statistics
+import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPException
@@ -320,8 +321,18 @@ class LingeringTests(ControlTestCase):
         self.assert_read_and_ended()
 
     def test_where_nobody_uses_it_any_more_the_next_daemon_ends_it(self) -> None:
+        self.controlled.mount(self.registry.image("one"), "one")
+        # It reads nothing, so it can be killed where there is no daemon.
+        with (self.one / BIG).open("rb") as file:
+            user = subprocess.Popen(["sleep", "600"], stdin=file)
+        self.addCleanup(user.wait)
+        self.addCleanup(user.kill)
+        self.assertGreater(self.reader.end()["reads"], 0)
+        self.assertEqual(0, run("umount", "-l", self.one).returncode)
+        self.until_it_lingers()
         self.controlled.kill()
-        self.reader.kill()
+        user.kill()
+        user.wait()
         self.controlled.start()
         until("it has ended", lambda: self.listed() == {})
         self.assertFalse(self.is_mounted())

@@ -23,7 +23,7 @@ CONFIGURATION = Path("/etc/erofs-twisted")
 FSTAB = Path("/etc/fstab")
 SOCKET = "erofs-nbd.socket"
 SERVICE = "erofs-nbd.service"
-WATCHDOG = 6.0
+WATCHDOG = 4.0
 """Seconds until a daemon that hangs is replaced, here."""
 REQUEUED = 2.5
 PAUSE = 10.0
