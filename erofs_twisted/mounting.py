@@ -130,7 +130,8 @@ class Mount:
     def mount_again(self, reach: str = "") -> Deferred[bool]:
         """Mount what was unmounted, and is served still for who uses it. True when it is mounted, False when
         it has ended instead. Fails with `MountError`."""
-        self._reach = reach
+        assert self._mountpoint is not None, "it was mounted"
+        self._mountpoint.reach = reach
         done: Deferred[bool] = Deferred()
         self._again.append(done)
         self._events.put(Event.MOUNT)
@@ -236,7 +237,7 @@ class Mount:
         if lingers:
             self._mountpoint = mountpoint
             return there
-        await self._come_up(undo, there, state.note if plan.adopts else state.update)
+        self._come_up(undo, there, state.note if plan.adopts else state.update)
         self.log.info(
             "{what} {image} ({digest}) on {path} through {device} in {seconds:.2f} s",
             what="took over" if plan.adopts else "mounted",
@@ -256,15 +257,12 @@ class Mount:
         await mountpoint.check(make=config.mkdir)
         mountpoint.adopt(0, state.record.made)
 
-    async def _come_up(self, undo: AsyncExitStack, there: _There, write: Callable[..., None]) -> None:
+    def _come_up(self, undo: AsyncExitStack, there: _There, write: Callable[..., None]) -> None:
         """It is mounted: watch it, and put it on record by ``write``."""
         mountpoint = self._mountpoint = there.mountpoint
         undo.push_async_callback(self._take_away, mountpoint)
         self.is_mounted = True
         _ = there.watch.gone(mountpoint.path).addCallback(lambda _: self._gone())
-        if await mountpoint.there() is None:
-            # Before it was watched.
-            self._gone()
         write(status=Status.READY, reason="", mount_id=mountpoint.mount_id)
 
     async def _look(
@@ -450,14 +448,13 @@ class Mount:
     async def _mount_again(self, undo: AsyncExitStack, there: _There, state: MountState) -> bool:
         """Done? Where it cannot be mounted, those who asked for it are told."""
         try:
-            there.mountpoint.reach = self._reach
             await self._prepare(there.mountpoint, state)
             await self._mount(there.mountpoint, there.served)
         except MountError as error:
             reason = error
             self._settle_again(lambda done: done.errback(reason))
             return False
-        await self._come_up(undo, there, state.note)
+        self._come_up(undo, there, state.note)
         self.log.info("{path} is mounted again", path=self.config.mountpoint)
         self._settle_again(lambda done: done.callback(True))
         return True

@@ -225,16 +225,8 @@ class Mounts:
                 continue
             refusal = _refusal(running.mount.config, config)
             if running.is_up and not running.mount.is_mounted:
-                # It is about to end, unless somebody has files of it open.
-                if refusal is None:
-                    if await running.mount.mount_again(reach):
-                        return True, self._told(config.mountpoint, running)
-                elif record is not None and record.status is Status.UNMOUNTED:
-                    raise MountedOtherwise(
-                        f"{record.image} is unmounted from {config.mountpoint}, and {record.reason}: take "
-                        "another directory"
-                    )
-                await running.when_ended()
+                if await _mount_again(running, refusal, reach):
+                    return True, self._told(config.mountpoint, running)
                 continue
             if refusal is not None:
                 raise refusal
@@ -369,6 +361,24 @@ class Mounts:
             return {"mountpoint": path, "status": Status.STARTING}
         missing = None if served is None else served.image.missing
         return {**{name: getattr(record, name) for name in TOLD}, "missing": missing}
+
+
+async def _mount_again(running: _Running, refusal: MountedOtherwise | None, reach: str) -> bool:
+    """Mount again what was unmounted, if somebody has files of it open; False when it has ended instead.
+
+    Where there is a ``refusal``, it is another image that is to be mounted there. Raises `MountError`.
+    """
+    record = running.mount.record
+    if refusal is None:
+        if await running.mount.mount_again(reach):
+            return True
+    elif record is not None and record.status is Status.UNMOUNTED:
+        raise MountedOtherwise(
+            f"{record.image} is unmounted from {record.mountpoint}, and {record.reason}: take "
+            "another directory"
+        )
+    await running.when_ended()
+    return False
 
 
 def _check_files() -> None:

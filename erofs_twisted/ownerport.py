@@ -6,6 +6,7 @@ import itertools
 import os
 import socket
 import stat
+from contextlib import suppress
 from typing import Any
 
 from twisted.internet import tcp, unix
@@ -88,16 +89,14 @@ def find_inherited(path: str) -> socket.socket | None:
     It is known by what it is. LISTEN_PID and LISTEN_FDS (sd_listen_fds(3)) tell one process, once: Twisted
     takes them out of the environment when it is imported, and the socket outlives forks and upgrades.
     """
-    for descriptor in itertools.count(FIRST_INHERITED):
-        try:
+    with suppress(OSError):  # past the last of them: it is not open, or no socket
+        for descriptor in itertools.count(FIRST_INHERITED):
             found = socket.socket(fileno=descriptor)
-        except OSError:  # not open, or no socket
-            return None
-        listens = found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-        if listens and found.family == socket.AF_UNIX and _is_at(found, path):
-            return found
-        found.detach()
-    raise AssertionError("descriptors end")
+            listens = found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+            if listens and found.family == socket.AF_UNIX and _is_at(found, path):
+                return found
+            found.detach()
+    return None
 
 
 def _is_at(listening: socket.socket, path: str) -> bool:

@@ -32,17 +32,15 @@ def wait_until_ready(
             alive = daemon_runs(record)
             if alive and record.status is Status.READY and _is_mounted(path):
                 return
-            if not alive and (
-                record.status is Status.FAILED or time.monotonic() > began + min(GRACE, timeout)
-            ):
+            has_failed = record.status is Status.FAILED
+            if not alive and (has_failed or time.monotonic() > began + min(GRACE, timeout)):
                 if not record.device:
                     journal.forget(path)
-                if record.status is Status.FAILED:
-                    raise MountError(record.reason)
-                raise MountError(
+                was_killed = (
                     f"the daemon of {path} (process {record.pid}) was killed; start it again to take its "
                     f"mount over, or clear that away with 'erofs-nbd umount {path}'"
                 )
+                raise MountError(record.reason if has_failed else was_killed)
         else:
             check()
         if time.monotonic() >= deadline:

@@ -425,5 +425,10 @@ def _names(directory: Path) -> list[str]:
     return sorted(os.listdir(directory)) if directory.is_dir() else []
 
 
+def is_mounted(path: Path) -> bool:
+    """Is something mounted there, the path of which has no symbolic links?"""
+    return mount_at(mounts(), str(path)) is not None
+
+
 def mount_of(daemon: Daemon) -> Mount | None:
     return mount_at(mounts(), os.path.realpath(daemon.mountpoint))

@@ -31,7 +31,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -42,7 +41,7 @@ from typing import Any
 
 import attrs
 
-from tests.daemon import PATIENCE, PROJECT, Daemon
+from tests.daemon import PROJECT, Daemon, until
 
 STEPS = (
     "erofs_twisted.state.journal.Journal.claim",
@@ -235,13 +234,18 @@ def warm_erofs_nbd(*words: str | Path, cwd: Path) -> subprocess.CompletedProcess
         said = [Path(home) / "output", Path(home) / "errors"]
         given = [str(word) for word in words]
         pid = warm_process().start(words=given, directory=str(cwd), said=[str(path) for path in said])
-        deadline = time.monotonic() + PATIENCE
-        while (ended := os.waitpid(pid, os.WNOHANG)) == (0, 0):
-            if time.monotonic() > deadline:
-                os.kill(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
-                raise subprocess.TimeoutExpired(given, PATIENCE, *(path.read_text() for path in said))
-            time.sleep(0.01)
+        ended: list[int] = []
+
+        def has_ended() -> bool:
+            ended[:] = os.waitpid(pid, os.WNOHANG)
+            return ended[0] == pid
+
+        try:
+            until(f"end of erofs-nbd {' '.join(given)}", has_ended)
+        except AssertionError:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            raise
         return subprocess.CompletedProcess(
             given, os.waitstatus_to_exitcode(ended[1]), *(path.read_text() for path in said)
         )

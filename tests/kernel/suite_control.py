@@ -16,7 +16,7 @@ from urllib.parse import quote
 
 from erofs_twisted.state.records import record_name
 from tests.controlled import Controlled
-from tests.daemon import DaemonTestCase, FaultRegistry, mounts, nbd_devices_in_use, run, until
+from tests.daemon import DaemonTestCase, FaultRegistry, is_mounted, mounts, nbd_devices_in_use, run, until
 from tests.images import EROFS, Layout, build_erofs
 from tests.reading import Reader
 from tests.scenery import BIG, scenery, sha256
@@ -46,6 +46,11 @@ class ControlTestCase(DaemonTestCase):
 
     def device_of(self, path: Path) -> str:
         return next(mount.source for mount in mounts() if mount.path == str(path))
+
+    def listed(self) -> dict[str, str]:
+        """The status of each mount point."""
+        listed = json.loads(self.controlled.erofs_nbd("ls", "--json").stdout)
+        return {each["mountpoint"]: each["status"] for each in listed}
 
     def assert_all_gone(self) -> None:
         self.assertEqual(0, self.controlled.stop(), self.controlled.log)
@@ -104,10 +109,6 @@ class FuseTests(ControlTestCase):
         ]
         return pid
 
-    def listed(self) -> dict[str, str]:
-        listed = json.loads(self.controlled.erofs_nbd("ls", "--json").stdout)
-        return {each["mountpoint"]: each["status"] for each in listed}
-
     def test_one_whose_nbdfuse_is_killed_ends_and_the_others_go_on(self) -> None:
         one = self.controlled.mount(self.registry.image("one"), "one")
         two = self.controlled.mount(self.registry.image("two"), "two")
@@ -120,7 +121,7 @@ class FuseTests(ControlTestCase):
         time.sleep(1)
         os.kill(self.nbdfuse_of(one), signal.SIGKILL)
         struck.end("EIO")
-        until("its mount has ended", lambda: not any(mount.path == str(one) for mount in mounts()))
+        until("its mount has ended", lambda: not is_mounted(one))
         until("it is off the record", lambda: str(one) not in self.listed())
         self.assertEqual({str(two): "ready", str(other): "ready"}, self.listed())
         status = self.controlled.erofs_nbd("status", one)
@@ -234,13 +235,13 @@ class KillTests(ControlTestCase):
         self.registry.go_down()
         try:
             self.controlled.start()
-            until("one is up", lambda: any(mount.path == str(whole) for mount in mounts()))
+            until("one is up", lambda: is_mounted(whole))
             self.assert_whole(whole)
             until("the other says why not", lambda: f"{part} is not there yet" in self.controlled.log)
-            self.assertFalse(any(mount.path == str(part) for mount in mounts()))
+            self.assertFalse(is_mounted(part))
         finally:
             self.registry.come_back()
-        until("the other is up", lambda: any(mount.path == str(part) for mount in mounts()))
+        until("the other is up", lambda: is_mounted(part))
         self.assert_whole(part)
         self.assert_all_gone()
 
@@ -256,7 +257,7 @@ class KillTests(ControlTestCase):
         until("it says why not", lambda: f"{part} is not there yet" in self.controlled.log)
         done = self.controlled.erofs_nbd("umount", part)
         self.assertEqual((0, ""), (done.returncode, done.stderr))
-        self.assertFalse(any(mount.path == str(part) for mount in mounts()))
+        self.assertFalse(is_mounted(part))
         self.assert_all_gone()
 
     def take_all_away(self, *paths: Path) -> None:
@@ -283,14 +284,7 @@ class LingeringTests(ControlTestCase):
 
     def until_it_lingers(self) -> None:
         until("it lingers", lambda: self.listed() == {str(self.one): "unmounted"})
-        self.assertFalse(self.is_mounted())
-
-    def listed(self) -> dict[str, str]:
-        listed = json.loads(self.controlled.erofs_nbd("ls", "--json").stdout)
-        return {each["mountpoint"]: each["status"] for each in listed}
-
-    def is_mounted(self) -> bool:
-        return any(mount.path == str(self.one) for mount in mounts())
+        self.assertFalse(is_mounted(self.one))
 
     def assert_read_and_ended(self) -> None:
         self.assertGreater(self.reader.end()["reads"], 0)
@@ -335,7 +329,7 @@ class LingeringTests(ControlTestCase):
         user.wait()
         self.controlled.start()
         until("it has ended", lambda: self.listed() == {})
-        self.assertFalse(self.is_mounted())
+        self.assertFalse(is_mounted(self.one))
         self.assert_all_gone()
 
 

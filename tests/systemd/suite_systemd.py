@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
 import shutil
 import signal
@@ -10,10 +10,23 @@ import subprocess
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from twisted.trial.unittest import SkipTest, SynchronousTestCase
 
-from tests.daemon import BIN, PROJECT, adopt_orphans, mounts, nbd_devices_in_use, registry, run, until
+from erofs_twisted.control.client import Daemon
+from erofs_twisted.errors import MountError
+from tests.daemon import (
+    BIN,
+    PROJECT,
+    adopt_orphans,
+    is_mounted,
+    mounts,
+    nbd_devices_in_use,
+    registry,
+    run,
+    until,
+)
 from tests.reading import Reader
 from tests.scenery import BIG, scenery, sha256
 from tests.warm import warm_erofs_nbd, warm_process
@@ -21,6 +34,7 @@ from tests.warm import warm_erofs_nbd, warm_process
 UNITS = Path("/etc/systemd/system")
 CONFIGURATION = Path("/etc/erofs-twisted")
 FSTAB = Path("/etc/fstab")
+CONTROL = Path("/run/erofs-twisted/control")
 SOCKET = "erofs-nbd.socket"
 SERVICE = "erofs-nbd.service"
 WATCHDOG = 4.0
@@ -103,13 +117,17 @@ class SystemdTestCase(SynchronousTestCase):
     def assert_whole(self, path: Path) -> None:
         self.assertEqual(sha256(scenery().tree / BIG), sha256(path / BIG))
 
-    def status(self) -> dict[str, object]:
+    def status(self) -> dict[str, Any]:
         """The daemon's own, below its parent."""
-        return dict(json.loads(run("curl", "-s", "--unix-socket", "/run/erofs-twisted/control",
-                                   "http://localhost/v1/status").stdout))  # fmt: skip
+        return dict(Daemon(CONTROL).status())
 
-    def until_another_serves(self, pid: object) -> None:
-        until("another daemon answers", lambda: self.status().get("pid") not in (None, pid))
+    def until_another_serves(self, pid: int) -> None:
+        def serves() -> bool:
+            with contextlib.suppress(MountError):  # it was killed while it was asked
+                return bool(self.status()["pid"] != pid)
+            return False
+
+        until("another daemon answers", serves)
 
 
 class ServiceTests(SystemdTestCase):
@@ -122,7 +140,7 @@ class ServiceTests(SystemdTestCase):
             self.assertEqual("active", self.property(SERVICE, "ActiveState"))
             self.assert_whole(path)
             self.systemctl("stop", SERVICE)
-            self.assertFalse(any(mount.path == str(path) for mount in mounts()))
+            self.assertFalse(is_mounted(path))
             self.assertEqual("active", self.property(SOCKET, "ActiveState"))
             self.assertEqual("success", self.property(SERVICE, "Result"))
 
@@ -131,7 +149,7 @@ class ServiceTests(SystemdTestCase):
         self.assertEqual("listening on /run/erofs-twisted/control", self.property(SERVICE, "StatusText"))
         reader = self.reader(path)
         pid, restarts = self.status()["pid"], int(self.property(SERVICE, "NRestarts"))
-        os.kill(int(str(pid)), signal.SIGKILL)
+        os.kill(pid, signal.SIGKILL)
         self.until_another_serves(pid)
         self.assertEqual(f"{restarts}", self.property(SERVICE, "NRestarts"), "its parent had the next one")
         time.sleep(REQUEUED)
@@ -146,7 +164,7 @@ class ServiceTests(SystemdTestCase):
     def test_a_daemon_that_hangs_is_replaced_by_the_watchdog(self) -> None:
         path = self.mount("hung")
         reader = self.reader(path)
-        pid = int(str(self.status()["pid"]))
+        pid = self.status()["pid"]
         os.kill(pid, signal.SIGSTOP)
         self.until_another_serves(pid)
         self.assertIn("Watchdog timeout", self.journal("--unit", SERVICE))
@@ -241,7 +259,7 @@ class FstabTests(SystemdTestCase):
         self.assert_whole(path)
         self.assertEqual("active", self.property(SERVICE, "ActiveState"), "it is the daemon of systemd")
         self.systemctl("stop", unit)
-        self.assertFalse(any(mount.path == str(path) for mount in mounts()))
+        self.assertFalse(is_mounted(path))
 
     def test_what_is_unmounted_by_hand_is_no_failure_of_the_unit(self) -> None:
         path, unit = self.fstab("hand", "_netdev,fill=off")
@@ -254,7 +272,7 @@ class FstabTests(SystemdTestCase):
         self.assertNotEqual(0, run("systemctl", "start", unit).returncode)
         self.assertIn("layer", self.journal("--unit", unit))
         self.systemctl("reset-failed", unit)
-        self.assertFalse(any(mount.path == str(path) for mount in mounts()))
+        self.assertFalse(is_mounted(path))
 
     def test_an_automount_mounts_at_the_first_access_each_time(self) -> None:
         path, unit = self.fstab("auto", "x-systemd.automount,_netdev,fill=off")

@@ -79,7 +79,11 @@ class World:
         }
         for name, part in parts.items():
             case.patch(mounting, name, part)
+        case.patch(succession, "in_thread", self.at_once)
         case.patch(devices, "SystemCallPool", lambda reactor: SimpleNamespace(stop=lambda: succeed(None)))
+
+    async def at_once(self, reactor: object, pool: object, call: Callable[..., Any], *arguments: Any) -> Any:
+        return call(*arguments)
 
     async def hand_over(self) -> list[HandedConnection]:
         await self.step("hand over")
@@ -425,10 +429,6 @@ class LingeringTests(MountServiceTestCase):
         self.assertFalse(self.successResultOf(again))
 
     def test_it_is_left_to_the_next_daemon_which_does_not_mount_it(self) -> None:
-        async def at_once(reactor: object, pool: object, call: Callable[..., Any], *arguments: Any) -> Any:
-            return call(*arguments)
-
-        self.patch(succession, "in_thread", at_once)
         self.service.leave()
         self.assertEqual("leave device", self.world.events[0])
         self.assert_ended(0)
@@ -538,14 +538,6 @@ class FullDiskTests(MountServiceTestCase):
 
 
 class UpgradeTests(MountServiceTestCase):
-    def begin_anew(self, world: World) -> None:
-        super().begin_anew(world)
-
-        async def at_once(reactor: object, pool: object, call: Callable[..., Any], *arguments: Any) -> Any:
-            return call(*arguments)
-
-        self.patch(succession, "in_thread", at_once)
-
     def assert_left(self) -> None:
         left = ["leave device", "hand over", "stop server", "close image", "stop pool"]
         self.assertEqual([*STARTED, *left], self.world.events)
@@ -645,13 +637,7 @@ class TakeOverTests(MountServiceTestCase):
 
     def test_a_mount_that_has_gone_meanwhile_ends_it(self) -> None:
         self.kill()
-        there, self.world.there = self.world.there, None
-        answers = iter([there, None])
-
-        async def look(mountpoint: object) -> Any:
-            return next(answers)
-
-        self.patch(FakeMountpoint, "there", look)
+        self.world.unmounted.callback(None)
         self.start()
         self.assertEqual(
             ["detach", "stop server", "close image", "remove directory", "stop pool"], self.world.events[-5:]
