@@ -8,17 +8,12 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 import attrs
-from twisted.internet.defer import CancelledError, Deferred, DeferredLock
-from twisted.internet.task import deferLater
-from twisted.logger import Logger
+from twisted.internet.defer import DeferredLock
 
 from erofs_twisted.image import OpenImage
 from erofs_twisted.interfaces import HandedDevice, IBlockDevice
 from erofs_twisted.nbd.server import NBDServer
 from erofs_twisted.pool import SystemCallPool
-
-HELD_RETRY = 1.0
-"""Seconds between two looks at whether a device is still in use."""
 
 
 @attrs.define(eq=False)
@@ -30,7 +25,7 @@ class Served:
     device: IBlockDevice
     backend: str
     identifier: str
-    users: int = 0
+    users: set[object] = attrs.field(factory=set)
 
     async def end(self) -> None:
         """Take the device back, and all that is behind it."""
@@ -54,17 +49,14 @@ class Served:
 
     def abandon(self) -> None:
         """Fail the reads of its only user; nothing where there are others."""
-        if self.users <= 1:
+        if len(self.users) <= 1:
             _ = self.image.abandon()
 
 
 class Devices:
-    """Counts who uses what is served."""
-
-    log = Logger()
+    """Knows who uses what is served."""
 
     def __init__(self, reactor: Any, handed: dict[str, HandedDevice] | None = None) -> None:
-        self._reactor = reactor
         self.pool = SystemCallPool(reactor)
         """Threads for what is shared."""
         self.handed = {} if handed is None else handed
@@ -72,8 +64,6 @@ class Devices:
         end, those that are for the next one."""
         self._served: list[tuple[Hashable, Served]] = []
         self._locks: WeakValueDictionary[Hashable, DeferredLock] = WeakValueDictionary()
-        self._is_leaving = False
-        self._waits: set[Deferred[None]] = set()
 
     async def close(self) -> None:
         """When all is given back."""
@@ -94,8 +84,10 @@ class Devices:
         """What is served on a device."""
         return next((served for _, served in self._served if served.device.path == path), None)
 
-    async def take(self, kind: Hashable, path: str, make: Callable[[], Awaitable[Served]]) -> Served:
-        """As `find`; where there is nothing, what ``make`` makes. `give_back` it.
+    async def take(
+        self, kind: Hashable, path: str, make: Callable[[], Awaitable[Served]], user: object
+    ) -> Served:
+        """As `find`; where there is nothing, what ``make`` makes. The ``user`` is to `give_back` it.
 
         One of a kind is made at a time: who wants the same takes it then.
         """
@@ -106,57 +98,24 @@ class Devices:
             if served is None:
                 served = await make()
                 self._served.append((kind, served))
-            served.users += 1
+            served.users.add(user)
             return served
         finally:
             lock.release()
 
-    async def give_back(self, served: Served) -> bool:
-        """One user less. After the last it ends, as soon as nothing holds the device: open files read it
-        after a lazy unmount, and so do mounts in other namespaces. False where it is `handed` to another
-        daemon instead."""
-        served.users -= 1
-        said = False
-        while not served.users and not served.device.lost.called and await served.device.is_held():
-            if self._is_leaving:
-                await self._leave(served)
-                return False
-            if not said:
-                path = served.device.path
-                self.log.warn("{device} is still in use; serving it until that ends", device=path)
-                said = True
-            await self._wait()
+    async def give_back(self, served: Served, user: object) -> None:
+        """With its last user it ends, whoever has the device open."""
+        served.users.discard(user)
         if not served.users:
             self._forget(served)
             await served.end()
-        return True
 
-    async def _wait(self) -> None:
-        """Some time, or until there is something else to do."""
-        wait: Deferred[None] = deferLater(self._reactor, HELD_RETRY)
-        self._waits.add(wait)
-        try:
-            await wait
-        except CancelledError:
-            pass
-        finally:
-            self._waits.discard(wait)
-
-    def leave_what_is_held(self) -> None:
-        """Hand over what is waited for, too."""
-        self._is_leaving = True
-        for wait in list(self._waits):
-            wait.cancel()
-
-    async def leave(self, served: Served) -> None:
-        """One user less. After the last one it is `handed` to another daemon."""
-        served.users -= 1
+    async def leave(self, served: Served, user: object) -> None:
+        """With its last user it is `handed` to another daemon."""
+        served.users.discard(user)
         if not served.users:
-            await self._leave(served)
-
-    async def _leave(self, served: Served) -> None:
-        self._forget(served)
-        self.handed[served.device.path] = await served.leave()
+            self._forget(served)
+            self.handed[served.device.path] = await served.leave()
 
     def _forget(self, served: Served) -> None:
         self._served = [(kind, each) for kind, each in self._served if each is not served]

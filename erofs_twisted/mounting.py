@@ -3,42 +3,38 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from typing import Any, TypeVar
 
 import attrs
 from twisted.internet.defer import CancelledError, Deferred, DeferredQueue
 from twisted.logger import Logger
-from twisted.python.failure import Failure
 
 from erofs_twisted.device.connector import choose_connector
 from erofs_twisted.device.fuse import FuseConnector
 from erofs_twisted.device.nbd import NetlinkConnector
-from erofs_twisted.devices import HELD_RETRY, Devices, Served
+from erofs_twisted.devices import Devices, Served
 from erofs_twisted.errors import ErofsTwistedError, MountError
-from erofs_twisted.image import FoundImage, OpenImage, find_image
 from erofs_twisted.interfaces import IDeviceConnector
 from erofs_twisted.leftovers import plan_for
 from erofs_twisted.mount.mountpoint import Busy, Mountpoint
 from erofs_twisted.mount.watch import MountWatch
-from erofs_twisted.nbd.server import NBDServer
-from erofs_twisted.options import ImageConfig, MountConfig
+from erofs_twisted.options import MountConfig
 from erofs_twisted.pool import SystemCallPool
-from erofs_twisted.registry.digest import Digest
-from erofs_twisted.registry.reference import ImageReference
 from erofs_twisted.state.journal import Journal, MountState, boot_id
-from erofs_twisted.state.records import MountRecord, Status, record_name
+from erofs_twisted.state.records import MountRecord, Status
 from erofs_twisted.state.takeover import AFRESH, Plan, Step
+from erofs_twisted.taking import NOTHING, DeviceTaking
 
 BUSY_RETRY = 1.0
 """Seconds between two attempts to unmount what is in use."""
 
+HELD_RETRY = 1.0
+"""Seconds between two looks at whether a device is still in use."""
+
 LINGERS = "it is served for who has files of it open, until they close them"
 """Why a mount that was unmounted lazily has not ended."""
-
-NOTHING: Mapping[str, Any] = {"backend": "", "identifier": "", "device": "", "size": 0, "mount_id": 0}
-"""What is on record of a device and a mount where there are none."""
 
 Result = TypeVar("Result")
 
@@ -146,7 +142,7 @@ class Mount:
         self._events.put(Event.STOP)
 
     def leave(self) -> None:
-        """End, and leave device and mount as they are, to another daemon. Only where it is up."""
+        """End, and leave device and mount as they are, to another daemon: now, or as soon as it is up."""
         self._events.put(Event.LEAVE)
 
     async def live(self) -> str | None:
@@ -169,7 +165,7 @@ class Mount:
             async with AsyncExitStack() as undo:
                 there = await self._start(undo, state)
                 self.ready.callback(None)
-                while self.is_mounted or await self._linger(undo, there, state):
+                while self.is_mounted or await self._until_mounted_again(undo, there, state):
                     await self._serve(there, state)
             if self._leaves:
                 raise Left
@@ -223,7 +219,8 @@ class Mount:
             connector: IDeviceConnector = made_by
         else:
             connector = await choose_connector(config.attach, connectors)
-        served = await self._unless_stopped(Deferred.fromCoroutine(self._take_device(plan, connector, state)))
+        taking = DeviceTaking(reactor, config, self._devices, plan, connector, state)
+        served = await self._unless_stopped(Deferred.fromCoroutine(taking.take(self, self._digest)))
         self._leaves = False
         self.served = served
         undo.push_async_callback(self._give_back, served, state)
@@ -301,85 +298,19 @@ class Mount:
             config = self.config
             state.update(image=str(config.image.reference), options=config.typed, boot=boot_id(), **NOTHING)
 
-    async def _take_device(self, plan: Plan, connector: IDeviceConnector, state: MountState) -> Served:
-        """The image's layer as a device, on record before it is there: it is found by that."""
-        reactor, config = self._reactor, self.config
-        image = _pinned(config.image, state.record.digest if plan.adopts else self._digest)
-        found = await find_image(reactor, self._devices.pool, image)
-        try:
-            if plan.adopts and found.layer.digest != state.record.layer:
-                raise MountError(f"{state.record.image} is not what {plan.device} was made for any more")
-
-            async def make() -> Served:
-                return await self._make(found, plan, connector, state)
-
-            served = await self._devices.take(_kind(connector, found, config), plan.device, make)
-        finally:
-            await found.close()
-        write = state.note if plan.adopts else state.update
-        try:
-            write(
-                **_on_record(found, served.image, served.backend, served.identifier),
-                device=served.device.path,
-                mount_id=plan.mount_id,
-            )
-        except MountError:
-            await self._devices.give_back(served)
-            state.note(**NOTHING)
-            raise
-        return served
-
-    async def _make(
-        self, found: FoundImage, plan: Plan, connector: IDeviceConnector, state: MountState
-    ) -> Served:
-        """A new device, or the one that waits for a server. A failure leaves the one as it was, and none of
-        the other."""
-        undo = AsyncExitStack()
-        try:
-            image = await found.open()
-            undo.push_async_callback(image.close)
-            server = NBDServer(self._reactor)
-            undo.push_async_callback(server.stop)
-            if plan.adopts:
-                identifier = state.record.identifier
-                if image.export.size != state.record.size:
-                    raise MountError(f"{state.record.image} is not what {plan.device} was made for any more")
-                device = await connector.adopt(plan.device, image.export, server, identifier)
-                undo.push_async_callback(device.detach)
-                self._checking = Deferred.fromCoroutine(image.check()).addErrback(self._not_checked)
-            else:
-                identifier = self.config.nbd.backend_identifier or (
-                    f"{image.export.description} {record_name(self.config.mountpoint)}"
-                )
-                state.update(**_on_record(found, image, connector.name, identifier))
-                device = await connector.attach(image.export, server, identifier)
-                undo.push_async_callback(device.detach)
-                state.update(device=device.path)
-                await image.check()
-        except BaseException:
-            await undo.aclose()
-            if not plan.adopts:
-                state.note(**NOTHING)
-            raise
-        return Served(image, server, device, connector.name, identifier)
-
-    def _not_checked(self, failure: Failure) -> None:
-        failure.trap(ErofsTwistedError, CancelledError)
-        self.log.warn("the rest of the image is not fetched: {reason}", reason=failure.getErrorMessage())
-
     async def _take_away(self, mountpoint: Mountpoint) -> None:
         if not self._leaves:
             await mountpoint.unmount(lazy=True)
 
     async def _give_back(self, served: Served, state: MountState) -> None:
+        while not self._leaves and await self._linger(served, state):
+            pass
         self.served = None
         if self._leaves:
-            await self._devices.leave(served)
-            return
-        if await self._devices.give_back(served):
-            state.note(**NOTHING)
+            await self._devices.leave(served, self)
         else:
-            self._leaves = True
+            await self._devices.give_back(served, self)
+            state.note(**NOTHING)
 
     async def _remove_directory(self, mountpoint: Mountpoint, state: MountState) -> None:
         if self._leaves:
@@ -426,11 +357,18 @@ class Mount:
             self.is_mounted = False
             self._events.put(Event.UNMOUNTED)
 
-    async def _linger(self, undo: AsyncExitStack, there: _There, state: MountState) -> bool:
-        """Unmounted, it is served for who has files of it open, until there is nobody. True where it is
-        mounted again meanwhile."""
-        served = there.served
-        while served.users == 1 and not served.device.lost.called and await served.device.is_held():
+    async def _until_mounted_again(self, undo: AsyncExitStack, there: _There, state: MountState) -> bool:
+        """Unmounted, it lingers; False where that has come to an end."""
+        while await self._linger(there.served, state):
+            if await self._mount_again(undo, there, state):
+                return True
+        return False
+
+    async def _linger(self, served: Served, state: MountState) -> bool:
+        """Unmounted, it is served for who has files of it open or has it mounted elsewhere, until there is
+        nobody, or there is another mount that serves them, or another daemon. True when it is to be mounted
+        again."""
+        while served.users == {self} and not served.device.lost.called and await served.device.is_held():
             if state.record.status is not Status.UNMOUNTED:
                 self.log.warn("{path} is unmounted; {reason}", path=self.config.mountpoint, reason=LINGERS)
                 state.note(status=Status.UNMOUNTED, reason=LINGERS, mount_id=0)
@@ -440,9 +378,11 @@ class Mount:
                 look.cancel()
             if event is Event.LEAVE:
                 self._leaves = True
-                raise Left
-            if event is Event.MOUNT and await self._mount_again(undo, there, state):
+                return False
+            if event is Event.MOUNT:
                 return True
+        # Of two that end at the same moment the second one lingers.
+        served.users.discard(self)
         return False
 
     async def _mount_again(self, undo: AsyncExitStack, there: _There, state: MountState) -> bool:
@@ -478,30 +418,3 @@ class Mount:
     def _raise_if_stopped(self) -> None:
         if self._stop_wishes:
             raise Stopped
-
-
-def _on_record(found: FoundImage, image: OpenImage, backend: str, identifier: str) -> dict[str, Any]:
-    """What a device is found by, and what is on it."""
-    return {
-        "backend": backend,
-        "identifier": identifier,
-        "size": image.export.size,
-        "digest": found.resolved.digest,
-        "layer": found.layer.digest,
-    }
-
-
-def _kind(connector: IDeviceConnector, found: FoundImage, config: MountConfig) -> Hashable:
-    """Mounts of the same kind may share a device."""
-    image = config.image
-    if connector.name != "nbd":
-        return object()  # what is behind it lies in the mount's own directory
-    fetching = (str(image.cache_dir), image.trace, image.fill, image.fill_rate)
-    return (found.layer.digest, config.nbd, *fetching)
-
-
-def _pinned(config: ImageConfig, digest: str) -> ImageConfig:
-    """The image with that manifest, whatever its tag stands for by now."""
-    if not digest or not isinstance(config.reference, ImageReference):
-        return config
-    return attrs.evolve(config, reference=attrs.evolve(config.reference, digest=Digest.parse(digest)))

@@ -199,14 +199,14 @@ class Mounts:
     async def leave(self) -> None:
         """End, and leave all mounts and devices to the next daemon, those that are about to come up too."""
         self._is_closing = True
-        self.devices.leave_what_is_held()
-        for running in list(self._running.values()):
+        there = list(self._running.values())
+        ends = [running.when_ended() for running in there]
+        for running in there:
+            running.mount.leave()
+        for running in there:
             await running.when_settled()
         for restoring in list(self._restoring.values()):
             restoring.cancel()
-        ends = [running.when_ended() for running in self._running.values()]
-        for running in list(self._running.values()):
-            running.mount.leave()
         for end in ends:
             await end
 
@@ -233,6 +233,8 @@ class Mounts:
             await running.when_settled()
             running.raise_unless_up()
             return False, self._told(config.mountpoint, running)
+        if self._is_closing:
+            raise MountError("the daemon is about to end, or to be replaced: call again")
         _check_files()
         running = self._begin(config, pinned, is_wanted, reach)
         await running.when_settled()
@@ -247,10 +249,7 @@ class Mounts:
             raise CallError(f"there is no option {min(unknown)!r}")
         values = {**self._defaults, **options, "mountpoint": mountpoint, "state-dir": str(self._state_dir)}
         # The path may lead through a mount of our own, which this thread serves.
-        config = await in_thread(self._reactor, self.devices.pool, read_mount_config, values, is_resolved)
-        if self._is_closing:
-            raise MountError("the daemon is about to end, or to be replaced: call again")
-        return config
+        return await in_thread(self._reactor, self.devices.pool, read_mount_config, values, is_resolved)
 
     def _begin(self, config: MountConfig, pinned: str, is_wanted: bool, reach: str) -> _Running:
         mount = Mount(

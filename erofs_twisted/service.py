@@ -34,7 +34,6 @@ class MountService(Service):
         self._notify = sdnotify.SystemdNotifier().notify
         self._config = config
         self._life: Deferred[None] | None = None
-        self._devices: Devices | None = None
         self._is_stopping = False
         self.mount: Mount | None = None
 
@@ -67,13 +66,8 @@ class MountService(Service):
 
     def leave(self) -> None:
         """End, and leave the mount to the next daemon: now, or as soon as it is up."""
-        if self.mount is None or self._devices is None:
-            return
-        if self.mount.ready.called:
-            self._devices.leave_what_is_held()
+        if self.mount is not None:
             self.mount.leave()
-        else:
-            _ = self.mount.ready.addCallback(lambda _: self.leave())
 
     def _begin(self) -> None:
         self._life = Deferred.fromCoroutine(self._live())
@@ -83,7 +77,7 @@ class MountService(Service):
         if self._is_stopping and not handover.pid:
             self._end()
             return
-        devices = self._devices = Devices(self._reactor, handover.devices)
+        devices = Devices(self._reactor, handover.devices)
         self.mount = Mount(self._reactor, self._config, devices)
         _ = self.mount.ready.addCallback(self._say_ready)
         watchdog = Watchdog(self._reactor, devices.pool, devices.all, self._notify)

@@ -172,9 +172,10 @@ FLOORS: dict[int, list[str]] = {
         "control.starting",
         "recentlines",
     ],
-    5: ["mounting", "watchdog"],
-    6: ["mounts"],
-    7: [
+    5: ["taking", "watchdog"],
+    6: ["mounting"],
+    7: ["mounts"],
+    8: [
         "service",
         "mountsservice",
         "cachekeeping",
@@ -189,9 +190,9 @@ FLOORS: dict[int, list[str]] = {
         "serving",
         "unmounting",
     ],
-    8: ["running", "doctor.cures"],
-    9: ["ending"],
-    10: ["tap", "cli", "mounthelper"],
+    9: ["running", "doctor.cures"],
+    10: ["ending"],
+    11: ["tap", "cli", "mounthelper"],
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 ROOTS = {"", "errors", "interfaces"}

@@ -10,7 +10,7 @@ from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
 from erofs_twisted import devices
-from erofs_twisted.devices import HELD_RETRY, Devices, Served
+from erofs_twisted.devices import Devices, Served
 from erofs_twisted.errors import MountError
 from erofs_twisted.interfaces import HandedConnection, HandedDevice
 
@@ -26,7 +26,6 @@ class DeviceTests(SynchronousTestCase):
         self.ended: list[str] = []
         self.left: list[str] = []
         self.abandoned: list[str] = []
-        self.held = 0
         self.waits: Deferred[None] = succeed(None)
 
     async def make(self) -> Served:
@@ -42,7 +41,6 @@ class DeviceTests(SynchronousTestCase):
         device: Any = SimpleNamespace(
             path=path,
             lost=Deferred(),
-            is_held=self.is_held,
             detach=lambda: self.end(path),
             leave=lambda: self.leave(path),
         )
@@ -58,18 +56,17 @@ class DeviceTests(SynchronousTestCase):
     async def end(self, what: str) -> None:
         self.ended.append(what)
 
-    def is_held(self) -> Deferred[bool]:
-        self.held -= 1
-        return succeed(self.held >= 0)
+    def taking(self, kind: str = "a", path: str = "", user: str = "me") -> Deferred[Served]:
+        return Deferred.fromCoroutine(self.devices.take(kind, path, self.make, user))
 
-    def taking(self, kind: str = "a", path: str = "") -> Deferred[Served]:
-        return Deferred.fromCoroutine(self.devices.take(kind, path, self.make))
+    def take(self, kind: str = "a", path: str = "", user: str = "me") -> Served:
+        return self.successResultOf(self.taking(kind, path, user))
 
-    def take(self, kind: str = "a", path: str = "") -> Served:
-        return self.successResultOf(self.taking(kind, path))
+    def give_back(self, served: Served, user: str = "me") -> None:
+        self.successResultOf(Deferred.fromCoroutine(self.devices.give_back(served, user)))
 
-    def give_back(self, served: Served) -> Deferred[bool]:
-        return Deferred.fromCoroutine(self.devices.give_back(served))
+    def leave_it(self, served: Served, user: str) -> None:
+        self.successResultOf(Deferred.fromCoroutine(self.devices.leave(served, user)))
 
     def test_the_same_kind_is_made_once(self) -> None:
         self.assertIs(self.take(), self.take())
@@ -94,11 +91,11 @@ class DeviceTests(SynchronousTestCase):
 
     def test_one_who_gives_up_waiting_leaves_the_others(self) -> None:
         self.waits = Deferred()
-        first, second, third = self.taking(), self.taking(), self.taking()
+        first, second, third = (self.taking(user=user) for user in ("first", "second", "third"))
         second.cancel()
         self.failureResultOf(second, CancelledError)
         self.waits.callback(None)
-        self.assertEqual(2, self.successResultOf(third).users)
+        self.assertEqual({"first", "third"}, self.successResultOf(third).users)
         self.successResultOf(first)
 
     def test_one_that_is_named_is_on_that_device(self) -> None:
@@ -115,61 +112,29 @@ class DeviceTests(SynchronousTestCase):
 
     def test_it_ends_with_its_last_user(self) -> None:
         served = self.take()
-        self.take()
-        self.successResultOf(self.give_back(served))
+        self.take(user="you")
+        self.give_back(served)
         self.assertEqual([], self.ended)
-        self.successResultOf(self.give_back(served))
+        self.give_back(served, "you")
         self.assertEqual(ENDED, self.ended)
         self.assertIsNot(served, self.take())
 
-    def test_and_when_nothing_holds_it_any_more(self) -> None:
-        served = self.take()
-        self.held = 2
-        giving = self.give_back(served)
-        self.clock.advance(HELD_RETRY)
-        self.assertNoResult(giving)
-        self.clock.advance(HELD_RETRY)
-        self.successResultOf(giving)
-        self.assertEqual(ENDED, self.ended)
-
-    def test_while_that_is_waited_for_it_can_be_taken_again(self) -> None:
-        served = self.take()
-        self.held = 2
-        giving = self.give_back(served)
-        self.assertIs(served, self.take())
-        self.clock.advance(HELD_RETRY)
-        self.successResultOf(giving)
-        self.assertEqual([], self.ended)
-        self.held = 0
-        self.successResultOf(self.give_back(served))
-        self.assertEqual(ENDED, self.ended)
-
     def test_only_its_only_user_abandons_it(self) -> None:
         served = self.take()
-        self.take()
+        self.take(user="you")
         served.abandon()
         self.assertEqual([], self.abandoned)
-        self.successResultOf(self.give_back(served))
+        self.give_back(served, "you")
         served.abandon()
         self.assertEqual(["/dev/nbd0"], self.abandoned)
 
     def test_the_last_user_may_leave_the_device_to_another_daemon(self) -> None:
         served = self.take()
-        self.take()
-        self.successResultOf(Deferred.fromCoroutine(self.devices.leave(served)))
+        self.take(user="you")
+        self.leave_it(served, "me")
         self.assertEqual([], self.ended)
-        self.successResultOf(Deferred.fromCoroutine(self.devices.leave(served)))
+        self.leave_it(served, "you")
         self.assertEqual((["/dev/nbd0"], ENDED[1:]), (self.left, self.ended))
         handed = self.devices.handed["/dev/nbd0"]
         self.assertEqual((8192, "me"), (handed.size, handed.identifier))
         self.assertIsNot(served, self.take())
-
-    def test_what_is_held_is_left_too_and_at_once(self) -> None:
-        served = self.take()
-        self.held = 100
-        giving = self.give_back(served)
-        self.assertNoResult(giving)
-        self.devices.leave_what_is_held()
-        self.assertFalse(self.successResultOf(giving))
-        self.assertEqual((["/dev/nbd0"], ENDED[1:]), (self.left, self.ended))
-        self.assertEqual(["/dev/nbd0"], [*self.devices.handed])

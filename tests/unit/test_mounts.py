@@ -85,6 +85,9 @@ class FakeMount:
         self.stops += 1
 
     def leave(self) -> None:
+        _ = self.ready.addCallback(lambda _: self.left())
+
+    def left(self) -> None:
         self.state.leave()
         self.life.callback(None)
 

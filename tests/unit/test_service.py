@@ -15,12 +15,12 @@ from twisted.internet.defer import CancelledError, Deferred, succeed
 from twisted.internet.testing import MemoryReactorClock
 from twisted.trial.unittest import SynchronousTestCase
 
-from erofs_twisted import devices, mounting, service, succession
+from erofs_twisted import devices, mounting, service, succession, taking
 from erofs_twisted.errors import MountError, ReadError
 from erofs_twisted.handover import Handover
 from erofs_twisted.interfaces import Connected, HandedConnection, HandedDevice
 from erofs_twisted.mount.mountpoint import Busy
-from erofs_twisted.options import read_mount_config
+from erofs_twisted.options import MountConfig, read_mount_config
 from erofs_twisted.process import ExitStatus
 from erofs_twisted.state import journal
 from erofs_twisted.state.journal import Journal
@@ -68,22 +68,23 @@ class World:
             "Mountpoint": lambda reactor, pool, path, reach: FakeMountpoint(self, path, reach),
             "NetlinkConnector": lambda *arguments, **keywords: FakeConnector(self),
             "FuseConnector": lambda *arguments, **keywords: FakeConnector(self, "fuse"),
-            "NBDServer": lambda reactor: SimpleNamespace(
-                stop=lambda: self.step("stop server"), hand_over=self.hand_over
-            ),
             "MountWatch": lambda reactor: SimpleNamespace(
                 gone=lambda path: self.unmounted, close=lambda: None
             ),
             "choose_connector": self.choose_connector,
-            "find_image": self.find_image,
         }
         for name, part in parts.items():
             case.patch(mounting, name, part)
+        case.patch(taking, "find_image", self.find_image)
+        case.patch(taking, "NBDServer", self.server)
         case.patch(succession, "in_thread", self.at_once)
         case.patch(devices, "SystemCallPool", lambda reactor: SimpleNamespace(stop=lambda: succeed(None)))
 
     async def at_once(self, reactor: object, pool: object, call: Callable[..., Any], *arguments: Any) -> Any:
         return call(*arguments)
+
+    def server(self, reactor: object) -> Any:
+        return SimpleNamespace(stop=lambda: self.step("stop server"), hand_over=self.hand_over)
 
     async def hand_over(self) -> list[HandedConnection]:
         await self.step("hand over")
@@ -214,8 +215,8 @@ class MountServiceTestCase(SynchronousTestCase):
         self.stopped += 1
         self.assertIsNone(self.service.stopService())
 
-    def start(self, **values: str) -> None:
-        config = read_mount_config(
+    def config(self, **values: str) -> MountConfig:
+        return read_mount_config(
             {
                 "image": "registry.example/app",
                 "mountpoint": "/mnt",
@@ -223,7 +224,9 @@ class MountServiceTestCase(SynchronousTestCase):
                 **{name.replace("_", "-"): value for name, value in values.items()},
             }
         )
-        self.service = service.MountService(self.reactor, config, self.exit_status)
+
+    def start(self, **values: str) -> None:
+        self.service = service.MountService(self.reactor, self.config(**values), self.exit_status)
         self.service.startService()
         for hook, arguments, keywords in self.reactor.whenRunningHooks[
             1:
@@ -475,6 +478,37 @@ class LingeringTests(MountServiceTestCase):
 
         self.patch(service.Succession, "take", take)
         self.start()
+
+
+class SharedDeviceTests(MountServiceTestCase):
+    def setUp(self) -> None:
+        super().setUp()
+        shared = devices.Devices(self.reactor)
+        configs = (self.config(), self.config(mountpoint="/mnt2"))
+        self.mounts = [mounting.Mount(self.reactor, config, shared) for config in configs]
+        self.lives = [Deferred.fromCoroutine(mount.live()) for mount in self.mounts]
+        self.assertIs(self.mounts[0].served, self.mounts[1].served)
+
+    def test_of_two_that_are_unmounted_at_once_one_lingers(self) -> None:
+        self.world.held = 100
+        self.world.unmounted.callback(None)
+        first, second = self.lives
+        self.assertIsNone(self.successResultOf(first))
+        self.assertNoResult(second)
+        record = Journal(self.state_dir).read("/mnt2")
+        assert record is not None
+        self.assertIs(Status.UNMOUNTED, record.status)
+        self.world.held = 0
+        self.reactor.advance(mounting.HELD_RETRY)
+        self.assertIsNone(self.successResultOf(second))
+        self.assertEqual(1, self.world.events.count("detach"))
+
+    def test_the_device_is_left_with_the_last(self) -> None:
+        for mount in self.mounts:
+            mount.leave()
+        for life in self.lives:
+            self.assertIsNone(self.successResultOf(life))
+        self.assertEqual((1, 0), (self.world.events.count("leave device"), self.world.events.count("detach")))
 
 
 class FullDiskTests(MountServiceTestCase):
