@@ -50,7 +50,7 @@ STEPS = (
     "erofs_twisted.mount.mountpoint._prepare",
     "erofs_twisted.mount.mountpoint.mount",
     "erofs_twisted.mount.mountpoint.umount",
-    "erofs_twisted.mounting.find_image",
+    "erofs_twisted.taking.find_image",
     "erofs_twisted.device.driver._request",
     "erofs_twisted.device.driver._set",
     "erofs_twisted.device.fuse.FuseConnector._make_directory",
