@@ -1,9 +1,12 @@
 """All faults at once, for ten minutes: ``make soak``, or ``python -m benchmarks.soak --seconds N --seed N``.
 
-As root, on a kernel with nbd, such as ``tests/kernel/run --seconds 1200 --shell COMMAND`` has. A daemon below
-its parent has mounts that are read and compared all along. It is killed, stopped, upgraded; its registry
-fails by chance, and goes away; other mounts come and go, and the cache is emptied. The status is 0 if no
-reader saw an error or a wrong byte, memory and files stayed as they were, and nothing is left at the end.
+As root, on a kernel with nbd, such as ``tests/kernel/run --seconds 1200 --shell COMMAND`` has. A daemon
+below its parent has mounts that are read and compared all along. It is killed, stopped, upgraded; its
+registry fails by chance, and goes away; other mounts come and go, their devices are cut off, their callers
+die; what is read is unmounted lazily by somebody else, and mounted again. The cache is emptied, or finds no
+memory; the disk of the state directory is full, file descriptors are used up, and the clock, if it is that
+of User-Mode Linux, is set. The status is 0 if no reader saw an error or a wrong byte, memory and files
+stayed as they were, and nothing is left at the end.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import argparse
 import json
 import os
 import random
+import resource
 import signal
 import sys
 import tempfile
@@ -31,6 +35,8 @@ from benchmarks.table import Row, console, show
 from tests.controlled import Controlled
 from tests.daemon import (
     BIN,
+    IN_USER_MODE_LINUX,
+    PROJECT,
     FaultRegistry,
     adopt_orphans,
     children,
@@ -42,13 +48,20 @@ from tests.daemon import (
 )
 from tests.faults import REGISTRY_FAULTS
 from tests.reading import Reader
+from tests.scarcity import CACHE_CALLS, without_memory
 from tests.scenery import BIG, scenery, sha256
+from tests.servers import tool
 
 READERS = 4
 READ = {"one": "lz4", "two": "lz4", "three": "plain"}
 """Mounts that are there all the time, and their images."""
-SPARE = {"four": "lz4", "five": "plain"}
-"""Those that come and go."""
+SPARE: dict[str, tuple[str, dict[str, str]]] = {
+    "four": ("lz4", {}),
+    "five": ("plain", {"nbd-io-timeout": "900"}),
+}
+"""Those that come and go: image and options. The second has a device of its own."""
+STATE_SIZE = "256k"
+HOUR = 3600.0
 RATE = 0.1
 MOST_MEMORY, MOST_FILES = 150 << 20, 150
 LONGEST_PAUSE = 30.0
@@ -62,6 +75,8 @@ class Soak:
     controlled: Controlled
     registry: FaultRegistry
     chance: random.Random
+    scarcity: Path
+    """As `tests.scarcity` has it."""
     done: Counter[str] = attrs.field(factory=Counter)
     memory: list[int] = attrs.field(factory=list)
     files: list[int] = attrs.field(factory=list)
@@ -75,10 +90,17 @@ class Soak:
             self.fail_by_chance,
             self.mount,
             self.mount,
+            self.abandon_call,
             self.unmount,
             self.unmount_lazily,
+            self.unmount_from_outside,
+            self.disconnect,
             self.prefetch,
             self.empty_cache,
+            self.lack_memory,
+            self.use_up_files,
+            self.fill_state_disk,
+            *([self.set_clock] if IN_USER_MODE_LINUX else []),
             self.look,
             self.look,
         ]
@@ -118,18 +140,70 @@ class Soak:
 
     def mount(self) -> None:
         name = self.chance.choice(list(SPARE))
-        body = {"image": self.registry.image(name, SPARE[name]), "io-timeout": "10"}
-        status, said = self._call("PUT", self._where(name), body)
+        status, said = self._call("PUT", self._where(name), self._body(name))
         if status in (200, 201):
             self._compare(name)
         elif status not in (0, 502) and "about to end" not in str(said):
             raise AssertionError(f"mount: {status} {said}")
+
+    def abandon_call(self) -> None:
+        """The caller dies, now or a little later."""
+        name = self.chance.choice(list(SPARE))
+        with suppress(OSError):
+            call = self.controlled.begin_call("PUT", self._where(name), json.dumps(self._body(name)).encode())
+            time.sleep(self.chance.uniform(0.0, 0.5))
+            call.close()
 
     def unmount(self) -> None:
         self._call("DELETE", self._where(self.chance.choice(list(SPARE))))
 
     def unmount_lazily(self) -> None:
         self._call("DELETE", self._where(self.chance.choice(list(SPARE))) + "?lazy=true")
+
+    def unmount_from_outside(self) -> None:
+        """What is being read: who reads it goes on, and so does who comes later."""
+        name = self.chance.choice(list(READ))
+        run("umount", "-l", self.controlled.directory / name)
+        time.sleep(self.chance.uniform(0.0, 2.0))
+        self._mount_again(name)
+
+    def _mount_again(self, name: str) -> None:
+        """It may be mounted, or there may be no daemon: it is asked for again at the end."""
+        self._call("PUT", self._where(name), {"image": self.registry.image(name, READ[name])})
+
+    def disconnect(self) -> None:
+        """A device that nobody reads all along."""
+        _, said = self._call("GET", "/v1/mounts")
+        devices = {Path(each["mountpoint"]).name: each.get("device") for each in said.get("mounts", [])}
+        if (device := devices.get("five")) and device not in [devices.get(name) for name in READ]:
+            run(tool("nbd-client"), "-d", device)
+
+    def lack_memory(self) -> None:
+        with without_memory(self.scarcity, *CACHE_CALLS, error=self.chance.choice(["ENOMEM", "MemoryError"])):
+            time.sleep(self.chance.uniform(0.5, 3.0))
+
+    def use_up_files(self) -> None:
+        """So that it can open one or two more, or none."""
+        status, said = self._call("GET", "/v1/status")
+        if status != 200:
+            return
+        with suppress(ProcessLookupError):
+            limits = resource.prlimit(said["pid"], resource.RLIMIT_NOFILE)
+            resource.prlimit(said["pid"], resource.RLIMIT_NOFILE, (said["open_files"] + 1, limits[1]))
+            time.sleep(self.chance.uniform(0.5, 3.0))
+            resource.prlimit(said["pid"], resource.RLIMIT_NOFILE, limits)
+
+    def fill_state_disk(self) -> None:
+        path = self.controlled.state_dir / "filled"
+        with suppress(OSError), path.open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+        time.sleep(self.chance.uniform(0.5, 3.0))
+        path.unlink()
+
+    def set_clock(self) -> None:
+        """Between an hour before and an hour after what it is."""
+        time.clock_settime(time.CLOCK_REALTIME, time.time() + self.chance.uniform(-HOUR, HOUR))
 
     def prefetch(self) -> None:
         self._call("POST", self._where(self.chance.choice([*READ, *SPARE])) + "/prefetch")
@@ -150,9 +224,15 @@ class Soak:
         until("all mounts are there", self._all_there, patience=120)
 
     def _all_there(self) -> bool:
+        """Those that were unmounted from outside are mounted again, unless they were at once."""
         status, said = self._call("GET", "/v1/mounts")
-        ready = {each["mountpoint"] for each in said.get("mounts", []) if each["status"] == "ready"}
-        return status == 200 and {str(self.controlled.directory / name) for name in READ} <= ready
+        ready = {
+            Path(each["mountpoint"]).name for each in said.get("mounts", []) if each["status"] == "ready"
+        }
+        missing = READ.keys() - ready
+        for name in missing:
+            self._mount_again(name)
+        return status == 200 and not missing
 
     def _compare(self, name: str) -> None:
         """A file of a mount that may go away at any time."""
@@ -172,6 +252,10 @@ class Soak:
             os.kill(said["pid"], number)
             return int(said["pid"])
         return 0
+
+    def _body(self, name: str) -> dict[str, str]:
+        image, options = SPARE[name]
+        return {"image": self.registry.image(name, image), "io-timeout": "10", **options}
 
     def _where(self, name: str) -> str:
         return f"/v1/mounts/{quote(str(self.controlled.mountpoint(name)), safe='')}"
@@ -199,10 +283,17 @@ def soak(directory: Path, seconds: float, seed: int) -> list[Row]:
         "2",
         "--supervise",
     )
-    controlled = Controlled(directory / "s", options)
-    controlled.start()
-    chaos = Soak(controlled, images, random.Random(seed))
+    scarcity = directory / "scarcity"
+    under = (sys.executable, "-m", "tests.scarcity", str(scarcity))
+    controlled = Controlled(directory / "s", options, {"PYTHONPATH": str(PROJECT)}, under)
+    controlled.state_dir.mkdir(parents=True)
+    run(
+        "mount", "-t", "tmpfs", "-o", f"size={STATE_SIZE},mode=700", "state", controlled.state_dir, check=True
+    )
+    chaos = Soak(controlled, images, random.Random(seed), scarcity)
+    began = time.time() - time.monotonic()
     try:
+        controlled.start()
         paths = [controlled.mount(images.image(name, tag), name) for name, tag in READ.items()]
         readers = [Reader(paths[n % len(paths)] / BIG, scenery().tree / BIG, n) for n in range(READERS)]
         try:
@@ -220,6 +311,10 @@ def soak(directory: Path, seconds: float, seed: int) -> list[Row]:
         console.print(controlled.log[-20_000:])
         controlled.kill()
         raise
+    finally:
+        if IN_USER_MODE_LINUX:
+            time.clock_settime(time.CLOCK_REALTIME, began + time.monotonic())
+        run("umount", "-l", controlled.state_dir)
     left = [mount.path for mount in mounts() if mount.path.startswith(str(directory))]
     until("no process is left", lambda: children() <= before, patience=20)
     return rows(chaos, found, status, left, nbd_devices_in_use() - devices_before)

@@ -102,13 +102,22 @@ class Controlled:
 
     def call(self, method: str, where: str, body: bytes | None = None) -> tuple[int, Any]:
         """A call by hand: status and answer."""
-        connection = _Connection(self.socket)
+        connection = self.begin_call(method, where, body)
         try:
-            connection.request(method, where, body)
             response = connection.getresponse()
             return response.status, json.loads(response.read())
         finally:
             connection.close()
+
+    def begin_call(self, method: str, where: str, body: bytes | None = None) -> http.client.HTTPConnection:
+        """A call whose answer is still to be had."""
+        connection = _Connection(self.socket)
+        try:
+            connection.request(method, where, body)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
 
     def signal(self, number: int) -> None:
         os.kill(self.pid, number)

@@ -33,6 +33,8 @@ PATIENCE = 60.0
 
 PR_SET_CHILD_SUBREAPER = 36
 
+IN_USER_MODE_LINUX = "User Mode Linux" in Path("/proc/cpuinfo").read_text()
+
 Found = TypeVar("Found")
 
 

@@ -11,7 +11,7 @@ process, and none of those.
 
 ``arguments`` are those of ``twistd erofs-nbd``. The daemon is an orphan when the answer comes. It writes the
 steps that it has come to into ``steps``, one a line, and kills itself by SIGKILL after ``die_after``. As long
-as there is a file ``scarcity``, the calls that it names find no memory; see `Scarcity`.
+as there is a file ``scarcity``, the calls that it names find no memory; see `tests.scarcity`.
 
     {"words": [WORD…], "directory": PATH, "said": [PATH, PATH]}
 
@@ -21,7 +21,6 @@ as there is a file ``scarcity``, the calls that it names find no memory; see `Sc
 from __future__ import annotations
 
 import atexit
-import errno
 import functools
 import importlib
 import inspect
@@ -32,16 +31,16 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from threading import Lock
-from types import SimpleNamespace
 from typing import Any
 
 import attrs
 
 from tests.daemon import PROJECT, Daemon, until
+from tests.scarcity import Scarcity, find_attribute, without_memory
 
 STEPS = (
     "erofs_twisted.state.journal.Journal.claim",
@@ -64,25 +63,6 @@ STEPS = (
 )
 """What may leave something behind, and what stands beside that: each is a step, known by the last word of its
 name and by how often it was taken."""
-
-CACHE_CALLS = (
-    *(
-        f"erofs_twisted.blocks.blobfile.os.{name}"
-        for name in ("open", "pread", "preadv", "pwrite", "pwritev")
-    ),
-    *(f"erofs_twisted.blocks.blobfile.os.{name}" for name in ("posix_fallocate", "memfd_create", "utime")),
-    "erofs_twisted.blocks.cachefiles.os.open",
-    "erofs_twisted.blocks.cachefiles.os.statvfs",
-)
-"""Of the cache: all that it does to its files but for bringing them on disk."""
-PAGE_CALLS = (
-    "erofs_twisted.nbd.pages.os.preadv",
-    "erofs_twisted.nbd.pages.os.pread",
-    "erofs_twisted.nbd.residency.Residency._map",
-)
-"""By which cached bytes are read and mapped for who asks for them."""
-SERVING_CALL = "erofs_twisted.nbd.serving.Serving._put_content"
-"""Answers one request."""
 
 NEEDED = (
     "erofs_twisted.cli",
@@ -109,7 +89,7 @@ class Steps:
 
     def install(self) -> None:
         for name in STEPS:
-            owner, attribute = _find(name)
+            owner, attribute = find_attribute(name)
             setattr(owner, attribute, self._counted(attribute.strip("_"), getattr(owner, attribute)))
 
     def _counted(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
@@ -137,61 +117,6 @@ class Steps:
             print(step, file=file)
         if step == self.die_after:
             os.kill(os.getpid(), signal.SIGKILL)
-
-
-@attrs.define
-class Scarcity:
-    """While ``path`` is there, calls find no memory: ``{"calls": [NAME…], "error": NAME, "times": N}``.
-
-    The error is ``ENOMEM``, of the kernel, or ``MemoryError``, of Python; ``times`` is how many calls it
-    hits, null all.
-    """
-
-    path: str
-    _hit: int = 0
-
-    def install(self) -> None:
-        for name in (*CACHE_CALLS, *PAGE_CALLS, SERVING_CALL):
-            module, is_of_os, function = name.partition(".os.")
-            if is_of_os:
-                # Of that module alone.
-                owner, attribute = importlib.import_module(module), function
-                if not isinstance(owner.os, SimpleNamespace):
-                    owner.os = SimpleNamespace(**vars(os))
-                owner = owner.os
-            else:
-                owner, attribute = _find(name)
-            setattr(owner, attribute, self._scarce(name, getattr(owner, attribute)))
-
-    def _scarce(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(call)
-        def scarce(*arguments: Any, **keywords: Any) -> Any:
-            try:
-                told = json.loads(Path(self.path).read_text())
-            except FileNotFoundError:
-                return call(*arguments, **keywords)
-            if name not in told["calls"] or (told["times"] is not None and self._hit >= told["times"]):
-                return call(*arguments, **keywords)
-            self._hit += 1
-            if told["error"] == "MemoryError":
-                raise MemoryError
-            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
-
-        return scarce
-
-
-def _find(name: str) -> tuple[Any, str]:
-    """The module or class that a dotted name is an attribute of, and the attribute's name."""
-    words = name.split(".")
-    for length in range(len(words) - 1, 0, -1):
-        try:
-            owner: Any = importlib.import_module(".".join(words[:length]))
-        except ModuleNotFoundError:
-            continue
-        for word in words[length:-1]:
-            owner = getattr(owner, word)
-        return owner, words[-1]
-    raise AssertionError(f"{name}: there is no such module")
 
 
 @attrs.define
@@ -278,16 +203,11 @@ class WarmDaemon(Daemon):
     def scarcity_file(self) -> Path:
         return self.directory.with_suffix(".scarcity")
 
-    @contextmanager
-    def without_memory(self, *calls: str, error: str = "ENOMEM", times: int | None = None) -> Iterator[None]:
-        """For those calls; see `Scarcity`."""
-        told = self.scarcity_file.with_suffix(".new")
-        told.write_text(json.dumps({"calls": calls, "error": error, "times": times}))
-        told.rename(self.scarcity_file)
-        try:
-            yield
-        finally:
-            self.scarcity_file.unlink()
+    def without_memory(
+        self, *calls: str, error: str = "ENOMEM", times: int | None = None
+    ) -> AbstractContextManager[None]:
+        """For those calls; see `tests.scarcity.without_memory`."""
+        return without_memory(self.scarcity_file, *calls, error=error, times=times)
 
     @property
     def steps_file(self) -> Path:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from urllib.parse import quote
 
 from twisted.trial.unittest import SkipTest
 
 from tests.controlled import Controlled
-from tests.daemon import DaemonTestCase, mounts
+from tests.daemon import IN_USER_MODE_LINUX, DaemonTestCase, mounts
 from tests.faults import Fault
 from tests.reading import Reader
 from tests.scenery import BIG, scenery, sha256
@@ -26,7 +25,7 @@ LONGEST = 5.0
 
 class ClockTests(DaemonTestCase):
     def setUp(self) -> None:
-        if "User Mode Linux" not in Path("/proc/cpuinfo").read_text():
+        if not IN_USER_MODE_LINUX:
             raise SkipTest("the clock of a real machine is left alone: run it with --guest")
         warm_process()
         super().setUp()

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from tests.daemon import DaemonTestCase, nbd_devices_in_use, run, until
 from tests.reading import Reader
+from tests.scarcity import CACHE_CALLS, PAGE_CALLS, SERVING_CALL
 from tests.scenery import BIG, scenery, sha256
-from tests.warm import CACHE_CALLS, PAGE_CALLS, SERVING_CALL, WarmDaemon, warm_process
+from tests.warm import WarmDaemon, warm_process
 
 READERS = 2
 FLUSHED = 6.0
