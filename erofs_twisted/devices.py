@@ -10,6 +10,7 @@ from weakref import WeakValueDictionary
 import attrs
 from twisted.internet.defer import DeferredLock
 
+from erofs_twisted.device.driver import Reconnected
 from erofs_twisted.image import OpenImage
 from erofs_twisted.interfaces import HandedDevice, IBlockDevice
 from erofs_twisted.nbd.server import NBDServer
@@ -56,18 +57,31 @@ class Served:
 class Devices:
     """Knows who uses what is served."""
 
-    def __init__(self, reactor: Any, handed: dict[str, HandedDevice] | None = None) -> None:
+    def __init__(
+        self,
+        reactor: Any,
+        handed: dict[str, HandedDevice] | None = None,
+        reclaimed: dict[str, Reconnected] | None = None,
+    ) -> None:
         self.pool = SystemCallPool(reactor)
         """Threads for what is shared."""
         self.handed = {} if handed is None else handed
         """By their paths, those that another daemon has given to this one and that are not taken yet; in the
         end, those that are for the next one."""
+        self.reclaimed = {} if reclaimed is None else reclaimed
+        """By their paths, those that wait for a server, and that have a socket for that."""
         self._served: list[tuple[Hashable, Served]] = []
         self._locks: WeakValueDictionary[Hashable, DeferredLock] = WeakValueDictionary()
 
     async def close(self) -> None:
         """When all is given back."""
         await self.pool.stop()
+
+    def let_go(self, path: str) -> None:
+        """Of one that nobody serves: requests wait for another socket, as long as the kernel lets them."""
+        found = self.reclaimed.pop(path, None)
+        if found is not None:
+            found.sock.close()
 
     def find(self, kind: Hashable, path: str = "") -> Served | None:
         """What is served of that kind; where a device's path is named, on that device only."""

@@ -23,6 +23,7 @@ from twisted.internet.main import CONNECTION_DONE, CONNECTION_LOST
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
+from erofs_twisted.device.driver import Reconnected
 from erofs_twisted.interfaces import HandedConnection, HandedDevice
 
 VERSION = 1
@@ -45,11 +46,12 @@ class MalformedHandover(Exception):
 @attrs.define
 class Handover:
     """What a daemon leaves to the next one: its process number, its devices by their paths, and the socket on
-    which it took calls, if it had one."""
+    which it took calls, if it had one. ``reclaimed`` are those that the next one had to find for itself."""
 
     pid: int = 0
     devices: dict[str, HandedDevice] = attrs.field(factory=dict)
     port: socket.socket | None = None
+    reclaimed: dict[str, Reconnected] = attrs.field(factory=dict)
 
     def drop(self, path: str) -> None:
         """Close what there is of a device, if nobody has taken that."""

@@ -197,7 +197,8 @@ class Mount:
         undo.push_async_callback(pool.stop)
         mountpoint = Mountpoint(reactor, pool, config.mountpoint, self._reach)
         shared, handed = self._devices.pool, self._devices.handed
-        nbd = NetlinkConnector(reactor, shared, config.nbd, handed=handed)
+        reclaimed = self._devices.reclaimed
+        nbd = NetlinkConnector(reactor, shared, config.nbd, handed=handed, reclaimed=reclaimed)
         fuse = FuseConnector(reactor, shared, str(state.path), handed=handed)
         connectors = [nbd, fuse]
         before = state.before
@@ -284,6 +285,8 @@ class Mount:
     ) -> None:
         """Take away what is of no use."""
         assert state.before is not None or plan is AFRESH
+        if state.before is not None and not plan.adopts:
+            self._devices.let_go(state.before.device)
         for step in plan.steps:
             if state.before is not None:
                 self.log.info("{step}", step=step.told(state.before, plan.device))

@@ -108,7 +108,7 @@ class Mounts:
         self._state_dir = state_dir
         self._lines = lines
         self._before = Handover() if handover is None else handover
-        self.devices = Devices(reactor, self._before.devices)
+        self.devices = Devices(reactor, self._before.devices, self._before.reclaimed)
         self._running: dict[str, _Running] = {}
         self._restoring: dict[str, Deferred[None]] = {}
         self._began = reactor.seconds()
@@ -307,6 +307,7 @@ class Mounts:
         if record is None:
             return
         self._before.drop(record.device)
+        self.devices.let_go(record.device)
         try:
             await take_away(self._reactor, self.devices.pool, journal, record, lazy)
         except MountError:
@@ -335,6 +336,7 @@ class Mounts:
                 await self._mount(record.mountpoint, options, record.digest, record.is_wanted)
                 break
             except ErofsTwistedError as error:
+                self.devices.let_go(record.device)
                 if not record.is_wanted and Journal(self._state_dir).read(record.mountpoint) is None:
                     # It had been unmounted, and nobody uses it any more.
                     break

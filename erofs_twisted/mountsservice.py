@@ -21,7 +21,7 @@ from erofs_twisted.mounts import Mounts
 from erofs_twisted.ownerport import OwnerPort
 from erofs_twisted.process import ExitStatus, on_stop_signal, resume_collections
 from erofs_twisted.recentlines import RecentLines
-from erofs_twisted.succession import Lines, Succession
+from erofs_twisted.succession import Legacy, Succession
 from erofs_twisted.watchdog import Watchdog
 
 
@@ -41,14 +41,14 @@ class MountsService(Service):
         state_dir: Path,
         exit_status: ExitStatus,
         inherited: socket.socket | None = None,
-        lines: Lines | None = None,
+        legacy: Legacy | None = None,
     ) -> None:
         self._reactor = reactor
         self._defaults = defaults
         self._state_dir = state_dir
         self._exit_status = exit_status
         self._inherited = inherited
-        self._succession = Succession(reactor, exit_status, lines or Lines())
+        self._succession = Succession(reactor, exit_status, legacy or Legacy())
         self._is_stopping = False
         self._notify = sdnotify.SystemdNotifier().notify
         self._mounts: Mounts | None = None

@@ -15,7 +15,7 @@ from erofs_twisted.handover import Handover
 from erofs_twisted.mounting import Mount
 from erofs_twisted.options import MountConfig
 from erofs_twisted.process import ExitStatus, on_stop_signal, resume_collections
-from erofs_twisted.succession import Lines, Succession
+from erofs_twisted.succession import Legacy, Succession
 from erofs_twisted.watchdog import Watchdog
 
 
@@ -26,11 +26,11 @@ class MountService(Service):
     log = Logger()
 
     def __init__(
-        self, reactor: Any, config: MountConfig, exit_status: ExitStatus, lines: Lines | None = None
+        self, reactor: Any, config: MountConfig, exit_status: ExitStatus, legacy: Legacy | None = None
     ) -> None:
         self._reactor = reactor
         self._exit_status = exit_status
-        self._succession = Succession(reactor, exit_status, lines or Lines())
+        self._succession = Succession(reactor, exit_status, legacy or Legacy())
         self._notify = sdnotify.SystemdNotifier().notify
         self._config = config
         self._life: Deferred[None] | None = None
@@ -77,7 +77,7 @@ class MountService(Service):
         if self._is_stopping and not handover.pid:
             self._end()
             return
-        devices = Devices(self._reactor, handover.devices)
+        devices = Devices(self._reactor, handover.devices, handover.reclaimed)
         self.mount = Mount(self._reactor, self._config, devices)
         _ = self.mount.ready.addCallback(self._say_ready)
         watchdog = Watchdog(self._reactor, devices.pool, devices.all, self._notify)

@@ -13,18 +13,21 @@ from twisted.internet.defer import Deferred
 from twisted.logger import Logger
 from twisted.python.threadpool import ThreadPool
 
+from erofs_twisted.device.driver import Reconnected
 from erofs_twisted.handover import Handover, give, make_line, on_take, take
 from erofs_twisted.process import ExitStatus, on_upgrade_signal
 from erofs_twisted.syscalls import in_thread
 
 
 @attrs.frozen
-class Lines:
-    """The ends of lines to the daemon ``before`` this one, and to the one ``after`` it: that is forked by a
-    parent, where there is one. None where there is no such line."""
+class Legacy:
+    """What a daemon begins with: the ends of lines to the one ``before`` it, and to the one ``after`` it,
+    that is forked by a parent, where there is one; None where there is no such line. ``reclaimed`` are
+    devices of daemons that were killed."""
 
     before: socket.socket | None = None
     after: socket.socket | None = None
+    reclaimed: dict[str, Reconnected] = attrs.field(factory=dict)
 
 
 class Succession:
@@ -33,10 +36,10 @@ class Succession:
 
     log = Logger()
 
-    def __init__(self, reactor: Any, exit_status: ExitStatus, lines: Lines) -> None:
+    def __init__(self, reactor: Any, exit_status: ExitStatus, legacy: Legacy) -> None:
         self._reactor = reactor
         self._exit_status = exit_status
-        self._lines = lines
+        self._legacy = legacy
         self._taking: Deferred[Handover | None] | None = None
         self._leave: Callable[[], object] = lambda: None
 
@@ -44,10 +47,11 @@ class Succession:
         """What the daemon before has given up; nothing where there was none, or where it was killed: then
         what it had is found by what is on record. It fires when that one has left its mounts, whenever that
         may be, or at once after `cancel`."""
-        if self._lines.before is None:
-            return Handover()
-        self._taking = take(self._reactor, self._lines.before)
-        return await self._taking or Handover()
+        found = Handover(reclaimed=self._legacy.reclaimed)
+        if self._legacy.before is None:
+            return found
+        self._taking = take(self._reactor, self._legacy.before)
+        return await self._taking or found
 
     def cancel(self) -> None:
         """Wait for nothing that is not given up yet."""
@@ -59,12 +63,12 @@ class Succession:
         SIGUSR2."""
         self._leave = leave
         on_upgrade_signal(self._reactor, self.upgrade)
-        if self._lines.after is not None:
-            on_take(self._reactor, self._lines.after, leave)
+        if self._legacy.after is not None:
+            on_take(self._reactor, self._legacy.after, leave)
 
     def upgrade(self) -> None:
         """Be followed by the program that is installed now."""
-        if self._lines.after is None:
+        if self._legacy.after is None:
             self._leave()
         else:
             # It becomes that program first, and then forks the next daemon; this one goes on meanwhile.
@@ -73,7 +77,7 @@ class Succession:
     async def give(self, pool: ThreadPool, handover: Handover) -> None:
         """End after this, and all of that is the next daemon's."""
         self._exit_status.is_again = True
-        after = self._lines.after
+        after = self._legacy.after
         if after is None:
             after, self._exit_status.line = make_line()
         try:

@@ -23,6 +23,7 @@ NEEDED = (
     "erofs_twisted.registry.client",
     "erofs_twisted.registry.layout",
     "erofs_twisted.registry.logins",
+    "erofs_twisted.registry.tls",
     "twisted.internet.epollreactor",
 )
 """Beside the service's own module: what it would import only when it is needed."""

@@ -104,19 +104,22 @@ def makeService(options: Options) -> IService:
     else:
         begun = begun_anew()
         before, after = None if begun is None else begun[1], None
+    from erofs_twisted.reclaiming import reclaim
+
+    reclaimed = reclaim(config.state_dir, config.mountpoint if isinstance(config, MountConfig) else "")
     from twisted.internet import reactor
 
-    from erofs_twisted.succession import Lines
+    from erofs_twisted.succession import Legacy
 
-    lines = Lines(before, after)
+    legacy = Legacy(before, after, reclaimed)
     keep_steady(reactor)
     exit_status = ExitStatus(is_supervised=bool(options["supervise"]))
     exit_status.install()
     if isinstance(config, MountConfig):
         from erofs_twisted.service import MountService
 
-        return MountService(reactor, config, exit_status, lines)
+        return MountService(reactor, config, exit_status, legacy)
     from erofs_twisted.mountsservice import MountsService
 
     inherited = find_inherited(str(config.state_dir / SOCKET))
-    return MountsService(reactor, config.defaults, config.state_dir, exit_status, inherited, lines)
+    return MountsService(reactor, config.defaults, config.state_dir, exit_status, inherited, legacy)

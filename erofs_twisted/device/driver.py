@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import platform
+import select
+import socket
 import stat
 import time
 from collections.abc import Callable, Sequence
@@ -33,6 +35,9 @@ POLL = 0.005
 PATIENCE = 10.0
 """Seconds that the driver may take for what it does in the background."""
 
+SETTLED = 0.01
+"""Seconds after which it has not dropped a socket that it was given: it does that before its call returns."""
+
 
 @attrs.frozen
 class Attached:
@@ -43,6 +48,20 @@ class Attached:
     path: str
     connection: int
     made_node: bool
+
+
+@attrs.frozen
+class Reconnected:
+    """A device whose server has died, and ``sock``, the end for a new one. Requests wait in it."""
+
+    attached: Attached
+    sock: socket.socket
+
+    def is_connected(self, seconds: float = 0.0) -> bool:
+        """Has the driver the other end still, after so long?"""
+        poll = select.poll()
+        poll.register(self.sock, 0)
+        return not poll.poll(1000 * seconds)
 
 
 class NBDDriver:
@@ -81,9 +100,30 @@ class NBDDriver:
             _disconnect(index)
             raise
 
+    def reconnect(self, path: str, identifier: str, patience: float = PATIENCE) -> Reconnected:
+        """Give a device whose server has died a new socket. The driver drops it, and says nothing of that, as
+        long as it does not know that the old one is dead: then another follows. Raises `MountError`."""
+        deadline = time.monotonic() + patience
+        while True:
+            ours, kernels = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+            with kernels:
+                try:
+                    attached = self.reconfigure(path, [kernels.fileno()], identifier)
+                except MountError:
+                    ours.close()
+                    raise
+            reconnected = Reconnected(attached, ours)
+            if reconnected.is_connected(SETTLED):
+                return reconnected
+            ours.close()
+            if time.monotonic() > deadline:
+                raise MountError(
+                    f"{path} is served by somebody else, or the nbd driver does not take it back"
+                )
+            time.sleep(POLL)
+
     def reconfigure(self, path: str, sockets: Sequence[int], identifier: str) -> Attached:
-        """Give a device whose server has died new sockets. The driver drops them, and says nothing of it, as
-        long as it does not know that the old ones are dead. Raises `MountError`."""
+        """One attempt to `reconnect`."""
         attached = self.find(path)
         _, made_node = _find_node(_sysfs(attached.index))
         attached = attrs.evolve(attached, made_node=made_node)
@@ -117,6 +157,11 @@ class NBDDriver:
                     )
                 )
         return found
+
+    def is_connected(self, path: str, size: int, identifier: str) -> bool:
+        """Is this a device of that many bytes, that says this of its server?"""
+        device = Path("/sys/block", Path(path).name)
+        return _connection(device) != 0 and _size(device) == size and _backend(device) == identifier
 
     def find(self, path: str) -> Attached:
         """The device of the node at ``path`` as it is now, whoever attached it."""

@@ -8,12 +8,11 @@ from typing import Any
 
 import attrs
 from twisted.internet.defer import CancelledError, Deferred
-from twisted.internet.defer import TimeoutError as TimedOut
 from twisted.logger import Logger
 from twisted.python.threadpool import ThreadPool
 from zope.interface import implementer
 
-from erofs_twisted.device.driver import Attached, NBDDriver
+from erofs_twisted.device.driver import Attached, NBDDriver, Reconnected
 from erofs_twisted.device.settings import NBDSettings
 from erofs_twisted.device.uapi import NBD_FLAG_HAS_FLAGS, NBD_FLAG_READ_ONLY, Connection
 from erofs_twisted.errors import MountError
@@ -28,16 +27,13 @@ from erofs_twisted.interfaces import (
 from erofs_twisted.syscalls import in_thread, in_thread_to_its_end
 
 BLOCK_SIZE = 4096
-SETTLED = 0.2
-"""Seconds after which a socket that the driver was given has not been dropped by it."""
-PATIENCE = 10.0
-"""Seconds in which it must have found out that the old socket is dead."""
 
 
 @implementer(IDeviceConnector)
 class NetlinkConnector:
-    """The ``nbd`` back end: one socket pair a device, its other end in the kernel's hands. ``handed`` are
-    devices that another process has given to this one, by their paths; it takes out what it adopts."""
+    """The ``nbd`` back end: one socket pair a device, its other end in the kernel's hands. By their paths,
+    ``handed`` are devices that another process has given to this one, and ``reclaimed`` those that have a new
+    socket since it was killed; it takes out what it adopts."""
 
     name = "nbd"
 
@@ -48,12 +44,14 @@ class NetlinkConnector:
         settings: NBDSettings | None = None,
         driver: NBDDriver | None = None,
         handed: MutableMapping[str, HandedDevice] | None = None,
+        reclaimed: MutableMapping[str, Reconnected] | None = None,
     ) -> None:
         self._reactor = reactor
         self._pool = pool
         self._settings = settings or NBDSettings()
         self._driver = NBDDriver() if driver is None else driver
         self._handed = {} if handed is None else handed
+        self._reclaimed = {} if reclaimed is None else reclaimed
 
     def check(self) -> Deferred[None]:
         return Deferred.fromCoroutine(in_thread(self._reactor, self._pool, self._driver.check))
@@ -92,31 +90,19 @@ class NetlinkConnector:
     async def _reconnect(
         self, path: str, export: IExport, server: INBDServer, identifier: str
     ) -> IBlockDevice:
-        deadline = self._reactor.seconds() + PATIENCE
-        while True:
-            ours, kernels = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-            with kernels:
-                disconnected = server.adopt(ours, export)
-                attached, _ = await in_thread_to_its_end(
-                    self._reactor, self._pool, self._driver.reconfigure, path, [kernels.fileno()], identifier
-                )
-            if not await self._ends_at_once(disconnected):
-                await in_thread(self._reactor, self._pool, self._driver.set_up, attached, self._queue())
-                return NBDDevice(self._reactor, self._pool, self._driver, attached, disconnected)
-            if self._reactor.seconds() >= deadline:
-                raise MountError(
-                    f"{path} is served by somebody else, or the nbd driver does not take it back"
-                )
+        there = self._reclaimed.pop(path, None) or await self._reclaim(path, identifier)
+        disconnected = server.adopt(there.sock, export)
+        await in_thread(self._reactor, self._pool, self._driver.set_up, there.attached, self._queue())
+        return NBDDevice(self._reactor, self._pool, self._driver, there.attached, disconnected)
 
-    async def _ends_at_once(self, disconnected: Deferred[None]) -> bool:
-        """Did the driver drop a socket that it was given?"""
-        waited: Deferred[None] = Deferred()
-        _ = disconnected.addCallback(lambda _: None if waited.called else waited.callback(None))
-        try:
-            await waited.addTimeout(SETTLED, self._reactor)
-        except TimedOut:
-            return False
-        return True
+    async def _reclaim(self, path: str, identifier: str) -> Reconnected:
+        there, cancelled = await in_thread_to_its_end(
+            self._reactor, self._pool, self._driver.reconnect, path, identifier
+        )
+        if cancelled:
+            there.sock.close()
+            raise CancelledError()
+        return there
 
     async def _attach(
         self, export: IExport, server: INBDServer, identifier: str | None = None

@@ -4,8 +4,6 @@ found: nothing is taken from a daemon or from a user. It blocks."""
 from __future__ import annotations
 
 import os
-import select
-import socket
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -32,9 +30,6 @@ from erofs_twisted.mount.mountpoint import mounts_here
 from erofs_twisted.reattaching import start
 from erofs_twisted.state.journal import RECORD, Journal, daemon_runs
 from erofs_twisted.syscalls import MNT_DETACH, UMOUNT_NOFOLLOW, umount
-
-SETTLED = 0.2
-"""Seconds after which a socket that the driver was given has not been dropped by it."""
 
 PATIENCE = 60.0
 """Seconds that a new daemon may take until it serves."""
@@ -98,15 +93,10 @@ class Cures:
             raise MountError(f"{path} is in use")
         if (pid := daemon_of(identifier, opened)) != 0:
             raise MountError(f"{path} is served, by process {pid}")
-        ours, kernels = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        with ours:
-            with kernels:
-                attached = self.driver.reconfigure(path, [kernels.fileno()], identifier)
-            # For one that is served, the driver drops what it is given; also if the daemon is in a container,
-            # where it is not to be seen from here.
-            if select.select([ours], [], [], SETTLED)[0] and not ours.recv(1):
-                raise MountError(f"{path} is served, by a process that is not to be seen from here")
-            self.driver.detach(attached)
+        # It fails for one that is served; also if the daemon is in a container, and not to be seen from here.
+        ours = self.driver.reconnect(path, identifier, patience=0)
+        with ours.sock:
+            self.driver.detach(ours.attached)
 
     def _forget(self, repair: Repair) -> None:
         record = self.journal.read(repair.target)

@@ -134,7 +134,6 @@ FLOORS: dict[int, list[str]] = {
         "syscalls",
         "files",
         "ownerport",
-        "handover",
         "pool",
         "steadyclock",
         "device.netlink",
@@ -151,7 +150,7 @@ FLOORS: dict[int, list[str]] = {
         "doctor.report",
     ],
     2: [
-        "succession",
+        "handover",
         "leftovers",
         "doctor.survey",
         "prefetch",
@@ -162,7 +161,7 @@ FLOORS: dict[int, list[str]] = {
         "tracing",
         "waiting",
     ],
-    3: ["image", "doctor.search", "doctor.examination"],
+    3: ["succession", "image", "doctor.search", "doctor.examination"],
     4: [
         "devices",
         "control",
@@ -171,6 +170,7 @@ FLOORS: dict[int, list[str]] = {
         "control.server",
         "control.starting",
         "recentlines",
+        "reclaiming",
     ],
     5: ["taking", "watchdog"],
     6: ["mounting"],

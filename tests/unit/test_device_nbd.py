@@ -6,14 +6,14 @@ import os
 import socket
 from collections.abc import Sequence
 
-from twisted.internet.defer import CancelledError, Deferred, succeed
+from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.interfaces import IListeningPort
 from twisted.trial.unittest import SynchronousTestCase
 from zope.interface import implementer
 from zope.interface.verify import verifyObject
 
-from erofs_twisted.device.driver import Attached, NBDDriver
-from erofs_twisted.device.nbd import PATIENCE, SETTLED, NetlinkConnector
+from erofs_twisted.device.driver import Attached, NBDDriver, Reconnected
+from erofs_twisted.device.nbd import NetlinkConnector
 from erofs_twisted.device.settings import NBDSettings
 from erofs_twisted.device.uapi import Connection
 from erofs_twisted.errors import MountError
@@ -31,6 +31,8 @@ class PaperDriver(NBDDriver):
         self.refuses: MountError | None = None
         self.held = False
         self.kernels_end: socket.socket | None = None
+        self.dropped = 0
+        """How many sockets it drops, since it does not know that the old one is dead."""
 
     def check(self) -> None:
         if self.refuses:
@@ -49,6 +51,10 @@ class PaperDriver(NBDDriver):
         if self.refuses:
             raise self.refuses
         self.reconfigured.append((path, identifier))
+        self.dropped -= 1
+        if self.dropped < 0:
+            (descriptor,) = sockets
+            self.kernels_end = socket.socket(fileno=os.dup(descriptor))
         return Attached(5, path, 1234, False)
 
     def set_up(self, attached: Attached, queue: dict[str, int]) -> None:
@@ -68,13 +74,10 @@ class PaperServer:
     def __init__(self) -> None:
         self.adopted: list[tuple[socket.socket, IExport]] = []
         self.ended: Deferred[None] = Deferred()
-        self.dropped = 0
-        """How many sockets the kernel drops at once."""
 
     def adopt(self, sock: socket.socket, export: IExport) -> Deferred[None]:
         self.adopted.append((sock, export))
-        self.dropped -= 1
-        return succeed(None) if self.dropped >= 0 else self.ended
+        return self.ended
 
     def listen(self, path: str, exports: Sequence[IExport]) -> Deferred[IListeningPort]:
         raise NotImplementedError
@@ -225,42 +228,67 @@ class AdoptionTests(SynchronousTestCase):
     """A device whose server was killed."""
 
     def setUp(self) -> None:
-        self.clock = ThreadlessReactor()
+        self.pool = HeldPool(held=False)
         self.driver = PaperDriver()
         self.server = PaperServer()
-        self.connector = NetlinkConnector(self.clock, HeldPool(held=False), None, self.driver)
-        self.addCleanup(lambda: [sock.close() for sock, _ in self.server.adopted])
+        self.reclaimed: dict[str, Reconnected] = {}
+        self.connector = NetlinkConnector(
+            ThreadlessReactor(), self.pool, None, self.driver, reclaimed=self.reclaimed
+        )
+        self.addCleanup(self.close)
+
+    def close(self) -> None:
+        for sock, _ in self.server.adopted:
+            sock.close()
+        if self.driver.kernels_end is not None:
+            self.driver.kernels_end.close()
 
     def adopt(self) -> Deferred[IBlockDevice]:
         return self.connector.adopt("/dev/nbd5", BytesExport(bytes(8192)), self.server, "me")
 
+    def assert_served(self) -> None:
+        ((ours, _),) = self.server.adopted
+        assert self.driver.kernels_end is not None
+        self.driver.kernels_end.sendall(b"request")
+        self.assertEqual(b"request", ours.recv(100))
+
     def test_it_gets_a_new_socket_by_the_name_that_it_has_for_its_server(self) -> None:
-        adopting = self.adopt()
-        self.assertNoResult(adopting)
-        self.clock.advance(SETTLED)
-        self.assertEqual("/dev/nbd5", self.successResultOf(adopting).path)
+        self.assertEqual("/dev/nbd5", self.successResultOf(self.adopt()).path)
         self.assertEqual([("/dev/nbd5", "me")], self.driver.reconfigured)
+        self.assert_served()
 
     def test_a_socket_that_the_driver_drops_is_followed_by_another(self) -> None:
-        self.server.dropped = 3
-        adopting = self.adopt()
-        self.clock.advance(SETTLED)
-        self.successResultOf(adopting)
+        self.driver.dropped = 3
+        self.successResultOf(self.adopt())
         self.assertEqual(4, len(self.driver.reconfigured))
+        self.assert_served()
 
     def test_a_device_that_drops_them_all_is_served_by_somebody_else(self) -> None:
-        self.server.dropped = 1 << 30
-        seconds = iter(range(1 << 30))
-        self.patch(self.clock, "seconds", lambda: next(seconds))
-        error = self.failureResultOf(self.adopt(), MountError)
-        self.assertIn("served by somebody else", error.getErrorMessage())
+        self.driver.dropped = 1 << 30
+        with self.assertRaises(MountError) as caught:
+            self.driver.reconnect("/dev/nbd5", "me", patience=0.05)
+        self.assertIn("/dev/nbd5 is served by somebody else", str(caught.exception))
         self.assertLessEqual(2, len(self.driver.reconfigured))
-        self.assertLessEqual(PATIENCE, self.clock.seconds())
+
+    def test_one_that_was_reclaimed_is_served_with_the_socket_that_it_has(self) -> None:
+        there = self.reclaimed["/dev/nbd5"] = self.driver.reconnect("/dev/nbd5", "me")
+        self.successResultOf(self.adopt())
+        self.assertEqual((1, {}), (len(self.driver.reconfigured), self.reclaimed))
+        self.assertIs(there.sock, self.server.adopted[0][0])
+        self.assert_served()
+
+    def test_who_gives_up_meanwhile_leaves_it_as_it_was(self) -> None:
+        self.pool.held = True
+        adopting = self.adopt()
+        adopting.cancel()
+        self.pool.run()
+        self.failureResultOf(adopting, CancelledError)
+        self.assertEqual([], self.server.adopted)
+        assert self.driver.kernels_end is not None
+        self.assertEqual(b"", self.driver.kernels_end.recv(1))
 
     def test_one_that_was_killed_before_its_queue_was_set_up_gets_that_too(self) -> None:
-        adopting = self.adopt()
-        self.clock.advance(SETTLED)
-        self.successResultOf(adopting)
+        self.successResultOf(self.adopt())
         (queue,) = self.driver.queues
         self.assertEqual(1000, queue["io_timeout"])
 
@@ -269,8 +297,6 @@ class AdoptionTests(SynchronousTestCase):
         self.failureResultOf(self.adopt(), MountError)
 
     def test_the_adopted_device_is_lost_when_its_connection_ends(self) -> None:
-        adopting = self.adopt()
-        self.clock.advance(SETTLED)
-        device = self.successResultOf(adopting)
+        device = self.successResultOf(self.adopt())
         self.server.ended.callback(None)
         self.assertIsNone(self.successResultOf(device.lost))

@@ -50,7 +50,6 @@ class PaperDriver(NBDDriver):
 
 class CuresTestCase(SynchronousTestCase):
     def setUp(self) -> None:
-        self.patch(cures, "SETTLED", 0.01)
         self.patch(cures, "open_files", lambda: iter(self.opened))
         self.opened: list[Opened] = []
         self.driver = PaperDriver(DEVICE)
@@ -93,7 +92,7 @@ class DisconnectTests(CuresTestCase):
             (PaperDriver(held), [], "is in use"),
             (PaperDriver(DEVICE), [Opened(9, DEVICE.path)], "is in use"),
             (PaperDriver(DEVICE), [Opened(9, f"/else/where/{record_name('/mnt')}")], "process 9"),
-            (PaperDriver(DEVICE, serves=True), [], "not to be seen"),
+            (PaperDriver(DEVICE, serves=True), [], "is served by somebody else"),
         ):
             self.driver, self.opened = driver, opened
             self.assert_refused(reason, DISCONNECT)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ from zope.interface.verify import verifyObject
 
 from erofs_twisted import devices, mounts
 from erofs_twisted.control.errors import CallError, MountedOtherwise, NoSuchMount
+from erofs_twisted.device.driver import Attached, Reconnected
 from erofs_twisted.errors import MountError
 from erofs_twisted.interfaces import IMounts
 from erofs_twisted.mount.mountpoint import Busy
@@ -280,6 +282,20 @@ class RestoreTests(MountsTestCase):
         self.made[-1].come_up()
         self.assertEqual(["/one", "/two"], [told["mountpoint"] for told in self.mounts.mounts()])
         self.assertEqual(5, len(self.made))
+
+    def test_while_one_cannot_come_up_its_requests_do_not_wait_for_this_daemon(self) -> None:
+        mount = self.up("/one")
+        mount.state.update(pid_started=1, device="/dev/nbd0", backend="nbd")
+        mount.state.release("killed")
+        self.begin()
+        ours, kernels = socket.socketpair()
+        self.addCleanup(kernels.close)
+        attached = Attached(index=0, path="/dev/nbd0", connection=1, made_node=False)
+        self.mounts.devices.reclaimed["/dev/nbd0"] = Reconnected(attached, ours)
+        self.mounts.restore()
+        self.assertEqual(["/dev/nbd0"], [*self.mounts.devices.reclaimed])
+        self.made[-1].end("the registry is down")
+        self.assertEqual(({}, b""), (self.mounts.devices.reclaimed, kernels.recv(1)))
 
     def taken_away(self) -> list[tuple[str, bool]]:
         """The mounts of the daemon before that are taken away from now on, and if lazily."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import socket
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from twisted.internet.testing import MemoryReactorClock
 from twisted.trial.unittest import SynchronousTestCase
 
 from erofs_twisted import devices, mounting, service, succession, taking
+from erofs_twisted.device.driver import Attached, Reconnected
 from erofs_twisted.errors import MountError, ReadError
 from erofs_twisted.handover import Handover
 from erofs_twisted.interfaces import Connected, HandedConnection, HandedDevice
@@ -25,6 +27,7 @@ from erofs_twisted.process import ExitStatus
 from erofs_twisted.state import journal
 from erofs_twisted.state.journal import Journal
 from erofs_twisted.state.records import Status
+from erofs_twisted.succession import Legacy
 
 DIGEST = f"sha256:{1:064}"
 STARTED = ["check", "choose", "open", "attach", "check image", "mount"]
@@ -225,8 +228,9 @@ class MountServiceTestCase(SynchronousTestCase):
             }
         )
 
-    def start(self, **values: str) -> None:
-        self.service = service.MountService(self.reactor, self.config(**values), self.exit_status)
+    def start(self, legacy: Legacy | None = None, **values: str) -> None:
+        config = self.config(**values)
+        self.service = service.MountService(self.reactor, config, self.exit_status, legacy)
         self.service.startService()
         for hook, arguments, keywords in self.reactor.whenRunningHooks[
             1:
@@ -721,6 +725,17 @@ class TakeOverTests(MountServiceTestCase):
         self.start(mkdir="yes")
         self.service.request_stop("SIGTERM")
         self.assertEqual("remove directory made for it", self.world.events[-2])
+
+    def test_a_socket_that_waits_for_what_is_not_taken_over_is_closed(self) -> None:
+        self.kill()
+        self.world.devices = []
+        ours, kernels = socket.socketpair()
+        self.addCleanup(kernels.close)
+        attached = Attached(index=0, path="/dev/nbd0", connection=1, made_node=False)
+        reclaimed = {"/dev/nbd0": Reconnected(attached, ours)}
+        self.start(Legacy(reclaimed=reclaimed))
+        self.assertEqual((b"", {}), (kernels.recv(1), reclaimed))
+        self.assertEqual(STARTED, self.world.events[1:7])
 
     def test_a_device_that_is_in_the_way_is_disconnected(self) -> None:
         self.kill()
