@@ -15,7 +15,7 @@ from typing import Any
 import attrs
 
 from tests.daemon import BIN, PATIENCE, run, until
-from tests.warm import warm_erofs_nbd
+from tests.warm import Forked, warm_erofs_nbd, warm_process
 
 
 class _Connection(http.client.HTTPConnection):
@@ -40,7 +40,9 @@ class Controlled:
     """A program that starts it, such as prlimit."""
     is_quick: bool = False
     """Do the commands that talk to it begin without the time that imports take?"""
-    _process: subprocess.Popen[bytes] | None = attrs.field(init=False, default=None)
+    is_warm: bool = False
+    """Does itself so? It cannot be upgraded then."""
+    _process: subprocess.Popen[bytes] | Forked | None = attrs.field(init=False, default=None)
 
     @property
     def state_dir(self) -> Path:
@@ -63,16 +65,20 @@ class Controlled:
     def start(self) -> None:
         """Start it, and wait until it listens."""
         self.directory.mkdir(exist_ok=True)
-        command = [
-            *self.under, BIN / "twistd", "-n", "--pidfile=", f"--logfile={self.directory / 'log'}",
-            "erofs-nbd", "--state-dir", self.state_dir, "--cache-dir", self.directory / "cache",
-            *self.options,
-        ]  # fmt: skip
+        log = self.directory / "log"
+        directories = ("--state-dir", str(self.state_dir), "--cache-dir", str(self.directory / "cache"))
+        arguments = [*directories, *self.options]
         said = self.log.count("listening on")
-        self._process = subprocess.Popen(
-            command, env={**os.environ, **self.environment}, stdin=subprocess.DEVNULL, cwd=self.directory,
-            stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
+        if self.is_warm:
+            assert not self.under and not self.environment
+            self._process = Forked(warm_process().start(arguments=arguments, log=str(log)))
+        else:
+            twistd = [*self.under, BIN / "twistd", "-n", "--pidfile=", f"--logfile={log}", "erofs-nbd"]
+            self._process = subprocess.Popen(
+                [*twistd, *arguments], env={**os.environ, **self.environment}, stdin=subprocess.DEVNULL,
+                cwd=self.directory, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )  # fmt: skip
         until("the daemon listens", lambda: self._listens(said))
 
     def _listens(self, said: int) -> bool:

@@ -15,14 +15,17 @@ from typing import Any
 
 PIECE = 128 * 1024
 PATIENCE = 60.0
+REST = 0.01
+"""Seconds between two reads, where much else is to be done meanwhile by a single processor."""
 
 
 class Reader:
-    """Reads ``path`` until `end`, and compares with ``original``; what is wrong ends it, with a status."""
+    """Reads ``path`` until `end`, and compares with ``original``; what is wrong ends it, with a status. It
+    rests for so many seconds after each read: without, it takes all of a processor."""
 
-    def __init__(self, path: Path, original: Path, seed: int) -> None:
+    def __init__(self, path: Path, original: Path, seed: int, rest: float = 0.0) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-S", __file__, str(path), str(original), str(seed)],
+            [sys.executable, "-S", __file__, str(path), str(original), str(seed), str(rest)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -53,7 +56,7 @@ class Reader:
         self._process.communicate(timeout=PATIENCE)
 
 
-def main(path: str, original: str, seed: str) -> None:
+def main(path: str, original: str, seed: str, rest: str) -> None:
     chosen = random.Random(int(seed))
     expected = Path(original).read_bytes()
     fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
@@ -73,6 +76,7 @@ def main(path: str, original: str, seed: str) -> None:
         pauses.append(time.monotonic() - began)
         if read != PIECE or buffer[:] != expected[offset : offset + PIECE]:
             sys.exit(f"wrong at {offset}")
+        time.sleep(float(rest))
     pauses.sort(reverse=True)
     print(json.dumps({"reads": len(pauses), "pauses": pauses[:1000], "error": error}))
 

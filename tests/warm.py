@@ -9,9 +9,10 @@ process, and none of those.
 
     {"arguments": [ARGUMENT…], "log": PATH, "steps": PATH, "die_after": STEP or null, "scarcity": PATH}
 
-``arguments`` are those of ``twistd erofs-nbd``. The daemon is an orphan when the answer comes. It writes the
-steps that it has come to into ``steps``, one a line, and kills itself by SIGKILL after ``die_after``. As long
-as there is a file ``scarcity``, the calls that it names find no memory; see `tests.scarcity`.
+``arguments`` are those of ``twistd -n erofs-nbd``. The daemon is an orphan when the answer comes. It writes
+the steps that it has come to into ``steps``, one a line, and kills itself by SIGKILL after ``die_after``. As
+long as there is a file ``scarcity``, the calls that it names find no memory; see `tests.scarcity`. None of
+the three must be given. It has no command that it could begin anew by, so it cannot be upgraded.
 
     {"words": [WORD…], "directory": PATH, "said": [PATH, PATH]}
 
@@ -39,7 +40,7 @@ from typing import Any
 
 import attrs
 
-from tests.daemon import PROJECT, Daemon, until
+from tests.daemon import PATIENCE, PROJECT, Daemon, until
 from tests.scarcity import Scarcity, find_attribute, without_memory
 
 STEPS = (
@@ -70,11 +71,14 @@ NEEDED = (
     "erofs_twisted.listing",
     "erofs_twisted.reattaching",
     "erofs_twisted.tap",
+    "erofs_twisted.reclaiming",
+    "erofs_twisted.supervising",
     "erofs_twisted.service",
     "erofs_twisted.mountsservice",
     "erofs_twisted.registry.client",
     "erofs_twisted.registry.layout",
     "erofs_twisted.registry.logins",
+    "erofs_twisted.registry.tls",
     "twisted.internet.epollreactor",
 )
 
@@ -153,27 +157,40 @@ def warm_process() -> WarmProcess:
     return WarmProcess()
 
 
+@attrs.define
+class Forked:
+    """A process that `WarmProcess` has begun, with what `subprocess.Popen` says of its own."""
+
+    pid: int
+    _status: int | None = None
+
+    def poll(self) -> int | None:
+        if self._status is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self._status = os.waitstatus_to_exitcode(status)
+        return self._status
+
+    def wait(self, timeout: float = PATIENCE) -> int:
+        until(f"the end of process {self.pid}", lambda: self.poll() is not None, timeout)
+        assert self._status is not None
+        return self._status
+
+
 def warm_erofs_nbd(*words: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
     """Run it to its end, whatever its status."""
     with tempfile.TemporaryDirectory() as home:
         said = [Path(home) / "output", Path(home) / "errors"]
         given = [str(word) for word in words]
         pid = warm_process().start(words=given, directory=str(cwd), said=[str(path) for path in said])
-        ended: list[int] = []
-
-        def has_ended() -> bool:
-            ended[:] = os.waitpid(pid, os.WNOHANG)
-            return ended[0] == pid
-
+        process = Forked(pid)
         try:
-            until(f"end of erofs-nbd {' '.join(given)}", has_ended)
+            status = process.wait()
         except AssertionError:
             os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
+            process.wait()
             raise
-        return subprocess.CompletedProcess(
-            given, os.waitstatus_to_exitcode(ended[1]), *(path.read_text() for path in said)
-        )
+        return subprocess.CompletedProcess(given, status, *(path.read_text() for path in said))
 
 
 @attrs.define(eq=False)
@@ -265,21 +282,30 @@ def call(words: list[str], directory: str, said: list[str]) -> None:
     main()
 
 
-def serve(arguments: list[str], log: str, steps: str, die_after: str | None, scarcity: str) -> None:
+def serve(
+    arguments: list[str],
+    log: str,
+    steps: str | None = None,
+    die_after: str | None = None,
+    scarcity: str | None = None,
+) -> None:
     """As twistd does it."""
     os.setsid()
     open_standard(os.devnull, log, log)
-    from twisted.internet import reactor
     from twisted.logger import globalLogBeginner, textFileLogObserver
 
     from erofs_twisted.tap import Options, makeService
 
     globalLogBeginner.beginLoggingTo([textFileLogObserver(sys.stderr)], redirectStandardIO=False)
-    Steps(steps, die_after).install()
-    Scarcity(scarcity).install()
+    if steps is not None:
+        Steps(steps, die_after).install()
+    if scarcity is not None:
+        Scarcity(scarcity).install()
     options = Options()
     options.parseOptions(arguments)
     service: Any = makeService(options)
+    from twisted.internet import reactor
+
     running: Any = reactor
     running.addSystemEventTrigger("before", "shutdown", service.stopService)
     service.startService()

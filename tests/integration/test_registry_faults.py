@@ -21,7 +21,8 @@ class FaultTests(CacheTestCase):
     def check(self, *, fails: bool, **fault: object) -> str:
         """Copy the image while the registry has a fault, and again afterwards; what the first copy said."""
         repository = str(self.id()).rsplit("_", 1)[1]
-        _, path = self.serve(self.registry.image(repository, "plain"), *QUIET, "--io-timeout", "3")
+        patience = "3" if fails else "60"
+        _, path = self.serve(self.registry.image(repository, "plain"), *QUIET, "--io-timeout", patience)
         self.registry.set(repository, {"kind": "blobs", **fault})
         first = run(tool("nbdcopy"), f"nbd+unix:///?socket={path}", self.directory / "copy")
         if fails:

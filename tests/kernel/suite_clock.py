@@ -12,14 +12,14 @@ from twisted.trial.unittest import SkipTest
 from tests.controlled import Controlled
 from tests.daemon import IN_USER_MODE_LINUX, DaemonTestCase, mounts
 from tests.faults import Fault
-from tests.reading import Reader
+from tests.reading import REST, Reader
 from tests.scenery import BIG, scenery, sha256
 from tests.warm import warm_process
 
 HOUR = 3600.0
 TOKEN_LIFE = 2.0
 READERS = 2
-LONGEST = 5.0
+LONGEST = 20.0
 """Seconds, by which a read has its bytes when its registry is there again."""
 
 
@@ -30,7 +30,10 @@ class ClockTests(DaemonTestCase):
         warm_process()
         super().setUp()
         self.controlled = Controlled(
-            self.directory / "s", ("--attach", "nbd", "--fill", "off", "--io-timeout", "60"), is_quick=True
+            self.directory / "s",
+            ("--attach", "nbd", "--fill", "off", "--io-timeout", "60"),
+            is_quick=True,
+            is_warm=True,
         )
         self.addCleanup(self.controlled.kill)
         self._right = time.time() - time.monotonic()
@@ -72,7 +75,7 @@ class ClockTests(DaemonTestCase):
             self.registry.set(name, token_life=TOKEN_LIFE)
         self.controlled.start()
         one = self.controlled.mount(self.registry.image("one"), "one")
-        readers = [Reader(one / BIG, scenery().tree / BIG, seed) for seed in range(READERS)]
+        readers = [Reader(one / BIG, scenery().tree / BIG, seed, REST) for seed in range(READERS)]
         for reader in readers:
             self.addCleanup(reader.kill)
         self.jump("forward", HOUR)

@@ -18,7 +18,7 @@ from erofs_twisted.state.records import record_name
 from tests.controlled import Controlled
 from tests.daemon import DaemonTestCase, FaultRegistry, is_mounted, mounts, nbd_devices_in_use, run, until
 from tests.images import EROFS, Layout, build_erofs
-from tests.reading import Reader
+from tests.reading import REST, Reader
 from tests.scenery import BIG, scenery, sha256
 from tests.warm import warm_process
 
@@ -36,13 +36,14 @@ REQUEUED = 2.5
 
 class ControlTestCase(DaemonTestCase):
     attach = "nbd"
+    options: tuple[str, ...] = ()
+    is_warm = True
 
     def setUp(self) -> None:
         warm_process()
         super().setUp()
-        self.controlled = Controlled(
-            self.directory / "s", ("--attach", self.attach, "--fill", "off"), is_quick=True
-        )
+        options = ("--attach", self.attach, "--fill", "off", *self.options)
+        self.controlled = Controlled(self.directory / "s", options, is_quick=True, is_warm=self.is_warm)
         self.controlled.start()
         self.addCleanup(self.controlled.kill)
 
@@ -51,8 +52,8 @@ class ControlTestCase(DaemonTestCase):
 
     def listed(self) -> dict[str, str]:
         """The status of each mount point."""
-        listed = json.loads(self.controlled.erofs_nbd("ls", "--json").stdout)
-        return {each["mountpoint"]: each["status"] for each in listed}
+        _, said = self.controlled.call("GET", "/v1/mounts")
+        return {each["mountpoint"]: each["status"] for each in said["mounts"]}
 
     def assert_all_gone(self) -> None:
         self.assertEqual(0, self.controlled.stop(), self.controlled.log)
@@ -116,7 +117,8 @@ class FuseTests(ControlTestCase):
         two = self.controlled.mount(self.registry.image("two"), "two")
         other = self.controlled.mount(self.registry.image("other", "plain"), "other")
         struck, *readers = [
-            Reader(path / BIG, scenery().tree / BIG, seed) for seed, path in enumerate((one, two, other))
+            Reader(path / BIG, scenery().tree / BIG, seed, REST)
+            for seed, path in enumerate((one, two, other))
         ]
         for reader in (struck, *readers):
             self.addCleanup(reader.kill)
@@ -145,7 +147,7 @@ class KillTests(ControlTestCase):
             for name, tag in (("one", "lz4"), ("two", "lz4"), ("three", "plain"))
         ]
         devices = [self.device_of(path) for path in paths]
-        readers = [Reader(path / BIG, scenery().tree / BIG, seed) for seed, path in enumerate(paths)]
+        readers = [Reader(path / BIG, scenery().tree / BIG, seed, REST) for seed, path in enumerate(paths)]
         for reader in readers:
             self.addCleanup(reader.kill)
         time.sleep(1)
@@ -195,36 +197,6 @@ class KillTests(ControlTestCase):
         until("its process too", lambda: os.waitpid(status["pid"], os.WNOHANG)[0])
         self.assert_nothing_left()
 
-    def test_a_parent_has_the_next_one_up_at_once_however_often(self) -> None:
-        self.assertEqual(0, self.controlled.stop())
-        self.controlled.options = (*self.controlled.options, "--supervise")
-        self.controlled.start()
-        one = self.controlled.mount(self.registry.image("one"), "one")
-        readers = [Reader(one / BIG, scenery().tree / BIG, seed) for seed in range(READERS)]
-        for reader in readers:
-            self.addCleanup(reader.kill)
-        starts = []
-        for _ in range(KILLS):
-            time.sleep(REQUEUED)
-            pid = self.daemon_pid()
-            began = time.monotonic()
-            os.kill(pid, signal.SIGKILL)
-            until("the next one listens", lambda pid=pid: self.daemon_pid() not in (0, pid))
-            starts.append(time.monotonic() - began)
-        time.sleep(REQUEUED)
-        longest = max(reader.end()["pauses"][0] for reader in readers)
-        print(f"\nthe next one listens after {max(starts):.2f} s at most; longest pause {longest:.2f} s")
-        self.assertLess(longest, LONGEST_PAUSE)
-        self.assert_whole(one)
-        self.assert_all_gone()
-
-    def daemon_pid(self) -> int:
-        """Below its parent; 0 where none listens."""
-        try:
-            return int(self.controlled.call("GET", "/v1/status")[1]["pid"])
-        except (OSError, HTTPException):
-            return 0
-
     def test_what_is_cached_comes_up_without_its_registry_and_the_rest_when_that_is_back(self) -> None:
         whole = self.controlled.mount(self.registry.image("whole", "plain"), "whole", "--fill", "full")
         lost = self.directory / "lost"
@@ -273,13 +245,44 @@ class KillTests(ControlTestCase):
             driver.detach(driver.find(device))
 
 
-class LingeringTests(ControlTestCase):
+class SupervisedKillTests(ControlTestCase):
+    options = ("--supervise",)
+
+    def test_the_parent_has_the_next_one_up_at_once_however_often(self) -> None:
+        one = self.controlled.mount(self.registry.image("one"), "one")
+        readers = [Reader(one / BIG, scenery().tree / BIG, seed) for seed in range(READERS)]
+        for reader in readers:
+            self.addCleanup(reader.kill)
+        starts = []
+        for _ in range(KILLS):
+            time.sleep(REQUEUED)
+            pid = self.daemon_pid()
+            began = time.monotonic()
+            os.kill(pid, signal.SIGKILL)
+            until("the next one listens", lambda pid=pid: self.daemon_pid() not in (0, pid))
+            starts.append(time.monotonic() - began)
+        time.sleep(REQUEUED)
+        longest = max(reader.end()["pauses"][0] for reader in readers)
+        print(f"\nthe next one listens after {max(starts):.2f} s at most; longest pause {longest:.2f} s")
+        self.assertLess(longest, LONGEST_PAUSE)
+        self.assert_whole(one)
+        self.assert_all_gone()
+
+    def daemon_pid(self) -> int:
+        """Below its parent; 0 where none listens."""
+        try:
+            return int(self.controlled.call("GET", "/v1/status")[1]["pid"])
+        except (OSError, HTTPException):
+            return 0
+
+
+class LingeringTestCase(ControlTestCase):
     """A mount that was unmounted lazily, while a file of it is read."""
 
     def setUp(self) -> None:
         super().setUp()
         self.one = self.controlled.mount(self.registry.image("one"), "one")
-        self.reader = Reader(self.one / BIG, scenery().tree / BIG, 1)
+        self.reader = Reader(self.one / BIG, scenery().tree / BIG, 1, REST)
         self.addCleanup(self.reader.kill)
         self.assertEqual(0, run("umount", "-l", self.one).returncode)
         self.until_it_lingers()
@@ -293,6 +296,8 @@ class LingeringTests(ControlTestCase):
         until("it has ended", lambda: self.listed() == {})
         self.assert_all_gone()
 
+
+class LingeringTests(LingeringTestCase):
     def test_it_is_mounted_again_from_the_same_device(self) -> None:
         refused = self.controlled.erofs_nbd("mount", self.registry.image("other", "plain"), self.one)
         self.assertEqual(1, refused.returncode)
@@ -305,15 +310,6 @@ class LingeringTests(ControlTestCase):
         self.assert_whole(self.one)
         self.assertEqual(0, self.controlled.erofs_nbd("umount", "--lazy", self.one).returncode)
         self.until_it_lingers()
-        self.assert_read_and_ended()
-
-    def test_the_next_daemon_serves_it_and_does_not_mount_it(self) -> None:
-        self.assertEqual(0, self.controlled.erofs_nbd("upgrade").returncode)
-        self.until_it_lingers()
-        self.controlled.kill()
-        self.controlled.start()
-        self.until_it_lingers()
-        time.sleep(REQUEUED)
         self.assert_read_and_ended()
 
     def test_where_nobody_uses_it_any_more_the_next_daemon_ends_it(self) -> None:
@@ -335,15 +331,30 @@ class LingeringTests(ControlTestCase):
         self.assert_all_gone()
 
 
+class LingeringUpgradeTests(LingeringTestCase):
+    is_warm = False
+
+    def test_the_next_daemon_serves_it_and_does_not_mount_it(self) -> None:
+        self.assertEqual(0, self.controlled.erofs_nbd("upgrade").returncode)
+        self.until_it_lingers()
+        self.controlled.kill()
+        self.controlled.start()
+        self.until_it_lingers()
+        time.sleep(REQUEUED)
+        self.assert_read_and_ended()
+
+
 class UpgradeTests(ControlTestCase):
     """The daemon is replaced by the program that is installed now, under readers."""
 
-    def upgrade(self) -> None:
+    is_warm = False
+
+    def test_who_reads_does_not_notice(self) -> None:
         paths = [
             self.controlled.mount(self.registry.image(name, tag), name)
             for name, tag in (("one", "lz4"), ("two", "lz4"), ("three", "plain"))
         ]
-        readers = [Reader(path / BIG, scenery().tree / BIG, seed) for seed, path in enumerate(paths)]
+        readers = [Reader(path / BIG, scenery().tree / BIG, seed, REST) for seed, path in enumerate(paths)]
         for reader in readers:
             self.addCleanup(reader.kill)
         time.sleep(1)
@@ -369,14 +380,11 @@ class UpgradeTests(ControlTestCase):
         self.controlled.mount(self.registry.image("four"), "four")
         self.assert_all_gone()
 
-    def test_by_itself(self) -> None:
-        self.upgrade()
 
-    def test_below_a_parent_that_is_replaced_too(self) -> None:
-        self.assertEqual(0, self.controlled.stop())
-        self.controlled.options = (*self.controlled.options, "--supervise")
-        self.controlled.start()
-        self.upgrade()
+class SupervisedUpgradeTests(UpgradeTests):
+    """The parent is replaced, too."""
+
+    options = ("--supervise",)
 
 
 class ManyTests(ControlTestCase):
