@@ -22,11 +22,12 @@ from erofs_twisted.syscalls import in_thread
 @attrs.frozen
 class Legacy:
     """What a daemon begins with: the ends of lines to the one ``before`` it, and to the one ``after`` it,
-    that is forked by a parent, where there is one; None where there is no such line. ``reclaimed`` are
-    devices of daemons that were killed."""
+    that is forked by the process ``parent``, where there is one; None where there is no such line.
+    ``reclaimed`` are devices of daemons that were killed."""
 
     before: socket.socket | None = None
     after: socket.socket | None = None
+    parent: int = 0
     reclaimed: dict[str, Reconnected] = attrs.field(factory=dict)
 
 
@@ -70,9 +71,15 @@ class Succession:
         """Be followed by the program that is installed now."""
         if self._legacy.after is None:
             self._leave()
+        elif os.getppid() != self._legacy.parent:
+            self.log.error(
+                "the parent (process {parent}), which would start the next daemon, has been killed: start "
+                "this service again; its mounts go on",
+                parent=self._legacy.parent,
+            )
         else:
             # It becomes that program first, and then forks the next daemon; this one goes on meanwhile.
-            os.kill(os.getppid(), signal.SIGUSR2)
+            os.kill(self._legacy.parent, signal.SIGUSR2)
 
     async def give(self, pool: ThreadPool, handover: Handover) -> None:
         """End after this, and all of that is the next daemon's."""

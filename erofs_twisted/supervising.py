@@ -89,6 +89,7 @@ class _Supervisor:
                     line.close()
             else:
                 self._next = child
+            self._begin()
             while (ended := self._wait()) is None:
                 pass
             line = ended.line
@@ -125,7 +126,6 @@ class _Supervisor:
         pid = os.fork()
         if pid:
             after.close()
-            self._begin()
             return _Daemon(pid, ours)
         ours.close()
         for number in HANDLED:
@@ -134,7 +134,7 @@ class _Supervisor:
         return after
 
     def _begin(self) -> None:
-        """To take signals, which were blocked until there is a child to pass them on to."""
+        """To take signals, which were blocked until it is known which child there is to pass them on to."""
         for number in FORWARDED:
             signal.signal(number, self._forward)
         signal.signal(signal.SIGUSR2, self._hand_over)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from twisted.application.service import IService
@@ -111,7 +112,7 @@ def makeService(options: Options) -> IService:
 
     from erofs_twisted.succession import Legacy
 
-    legacy = Legacy(before, after, reclaimed)
+    legacy = Legacy(before, after, os.getppid() if after is not None else 0, reclaimed)
     keep_steady(reactor)
     exit_status = ExitStatus(is_supervised=bool(options["supervise"]))
     exit_status.install()

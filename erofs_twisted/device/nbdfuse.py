@@ -48,7 +48,7 @@ class NBDFuse(ProcessProtocol):
         self._output = b""
         self._last_words = ""
         self._has_ended = False
-        self._process = -1
+        self._adopted: dict[str, _Reader] = {}
         self._waiting: list[Deferred[None]] = []
 
     def start(self, socket: str, file: str) -> None:
@@ -68,14 +68,17 @@ class NBDFuse(ProcessProtocol):
 
     def go_on(self, files: Mapping[str, int]) -> None:
         """Watch one that another process has started, and whose `files` those are."""
-        self._process = files[PROCESS]
         self.ready.callback(None)
-        _Reader(self._reactor, self._process, self._adopted_ended)
+        self._adopted[PROCESS] = _Reader(self._reactor, files[PROCESS], self._adopted_ended)
         for name in OUTPUTS:
-            _Reader(self._reactor, files[name], self._read_output(files[name]))
+            self._adopted[name] = _Reader(self._reactor, files[name], self._read_output(files[name]))
 
     def files(self) -> dict[str, int]:
         """What another process has to have open to `go_on` with this one. Raises `MountError`."""
+        if self._adopted:
+            if self._has_ended:
+                raise MountError("nbdfuse has ended, and cannot be handed over")
+            return {name: reader.fileno() for name, reader in self._adopted.items()}
         transport: Any = self.transport
         try:
             process = os.pidfd_open(transport.pid)
@@ -132,7 +135,7 @@ class NBDFuse(ProcessProtocol):
 
     def _adopted_ended(self) -> bool:
         with contextlib.suppress(ChildProcessError):  # whose child it is depends on what became of its parent
-            os.waitid(os.P_PIDFD, self._process, os.WEXITED | os.WNOHANG)
+            os.waitid(os.P_PIDFD, self._adopted[PROCESS].fileno(), os.WEXITED | os.WNOHANG)
         self._has_ended = True
         self._tell_waiting()
         return False
@@ -146,9 +149,9 @@ class NBDFuse(ProcessProtocol):
         return read
 
     def _signal(self, name: str) -> None:
-        if self._process >= 0:
+        if self._adopted:
             with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(self._process, signal.Signals[f"SIG{name}"])
+                signal.pidfd_send_signal(self._adopted[PROCESS].fileno(), signal.Signals[f"SIG{name}"])
             return
         with contextlib.suppress(ProcessExitedAlready):
             self.transport.signalProcess(name)  # type: ignore[union-attr]

@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from urllib.parse import quote
 
@@ -438,12 +439,13 @@ class SuperviseTests(DaemonTestCase):
         one = self.controlled.mount(self.registry.image("app"), "one", "--fill", "off")
         device = source_of(one)
         with (one / BIG).open("rb") as reading:
-            before = self.controlled.call("GET", "/v1/status")[1]
-            done = self.controlled.erofs_nbd("upgrade")
-            self.assertEqual((0, ""), (done.returncode, done.stderr))
-            after = self.controlled.call("GET", "/v1/status")[1]
-            self.assertNotEqual(before["instance"], after["instance"])
-            self.assertEqual(device, source_of(one))
+            for _ in range(2):
+                before = self.controlled.call("GET", "/v1/status")[1]
+                done = self.controlled.erofs_nbd("upgrade")
+                self.assertEqual((0, ""), (done.returncode, done.stderr))
+                after = self.controlled.call("GET", "/v1/status")[1]
+                self.assertNotEqual(before["instance"], after["instance"])
+                self.assertEqual(device, source_of(one))
             self.assertTrue(reading.read() == (scenery().tree / BIG).read_bytes())
         self.assert_same(contents(scenery().tree), contents(one))
         self.controlled.mount(self.registry.image("app"), "two")
@@ -459,6 +461,34 @@ class SuperviseTests(DaemonTestCase):
         self.controlled.options = ("--attach", self.attach)
         self.controlled.start()
         self.assert_upgraded()
+
+    def test_asked_again_while_it_is_upgraded_it_goes_on(self) -> None:
+        self.controlled.start()
+        one = self.controlled.mount(self.registry.image("app"), "one", "--fill", "off")
+        first = self.daemon_pid()
+        for _ in range(20):
+            # Most of them while the parent imports what it needs.
+            os.kill(self.controlled.pid, signal.SIGUSR2)
+            time.sleep(0.05)
+        until("another one listens", lambda: self.daemon_pid() not in (0, first))
+        self.assert_same(contents(scenery().tree), contents(one))
+        done = self.controlled.erofs_nbd("upgrade")
+        self.assertEqual((0, ""), (done.returncode, done.stderr), self.controlled.log)
+        self.assertEqual(0, self.controlled.stop())
+        self.assertNotIn("another server listens", self.controlled.log)
+        self.assert_nothing_left()
+
+    def test_without_its_parent_it_goes_on_as_it_is(self) -> None:
+        self.controlled.start()
+        one = self.controlled.mount(self.registry.image("app"), "one", "--fill", "off")
+        daemon = self.daemon_pid()
+        self.controlled.kill()
+        self.assertEqual(202, self.controlled.call("POST", "/v1/upgrade")[0])
+        until("it says so", lambda: "has been killed: start this service again" in self.controlled.log)
+        self.assert_same(contents(scenery().tree), contents(one))
+        os.kill(daemon, signal.SIGTERM)
+        until("it has ended", lambda: os.waitpid(daemon, os.WNOHANG)[0])
+        self.assert_nothing_left()
 
     def test_the_daemon_goes_on_where_the_next_one_dies(self) -> None:
         self.controlled.start()
