@@ -242,7 +242,7 @@ class Registry(Resource):
         if not begin(request, changed, body[: fault.cut_after]):
             return
         if fault.cut_by == "fin":
-            request.transport.loseConnection()
+            request.loseConnection()
         elif fault.cut_by == "reset":
             self._reactor.callLater(FLUSHED, request.transport.abortConnection)
 

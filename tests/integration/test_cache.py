@@ -105,13 +105,14 @@ class SharedTests(CacheTestCase):
                 *cache,
                 *words,
             ]
-            servers.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
-            self.addCleanup(servers[-1].wait)
-            self.addCleanup(servers[-1].kill)
-        for server, name in zip(servers, "ab", strict=True):
+            server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
             assert server.stderr is not None
-            with server.stderr:
-                until_serving(server)
+            self.addCleanup(server.stderr.close)
+            self.addCleanup(server.wait)
+            self.addCleanup(server.kill)
+            servers.append(server)
+        for server, name in zip(servers, "ab", strict=True):
+            until_serving(server)
             self.assert_copies(self.directory / name)
         self.assertEqual(self.size, self.asked_for("filled"))
 
