@@ -40,7 +40,7 @@ kernel: setup
 	tests/kernel/run
 
 systemd: setup
-	tests/kernel/run --systemd --seconds 600
+	tests/kernel/run --systemd --seconds 1500
 	$(PYTHON) -m tests.systemd.shutdown
 
 bench: setup
