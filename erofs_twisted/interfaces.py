@@ -196,7 +196,8 @@ class IMounts(Interface):
         to ask for next. Raises `erofs_twisted.control.errors.NoSuchMount`."""
 
     def upgrade() -> None:
-        """Begin to go on as the program that is installed now, with the same mounts."""
+        """Begin to go on as the program that is installed now, with the same mounts. Raises
+        `erofs_twisted.errors.MountError` where that cannot be."""
 
     def mounts() -> list[dict[str, Any]]:
         """All of them."""

@@ -146,7 +146,7 @@ class Mounts:
 
     def upgrade(self) -> None:
         """As `IMounts.upgrade`."""
-        self._reactor.callLater(0, self._begin_upgrade)
+        self._begin_upgrade()
 
     def mounts(self) -> Any:
         """As `IMounts.mounts`."""

@@ -14,6 +14,7 @@ from twisted.logger import Logger
 from twisted.python.threadpool import ThreadPool
 
 from erofs_twisted.device.driver import Reconnected
+from erofs_twisted.errors import MountError
 from erofs_twisted.handover import Handover, give, make_line, on_take, take
 from erofs_twisted.process import ExitStatus, on_upgrade_signal
 from erofs_twisted.syscalls import in_thread
@@ -63,23 +64,30 @@ class Succession:
         """Call ``leave``, which is to end by `give`, when the next daemon wants to take; begin an upgrade at
         SIGUSR2."""
         self._leave = leave
-        on_upgrade_signal(self._reactor, self.upgrade)
+        on_upgrade_signal(self._reactor, self._try_upgrade)
         if self._legacy.after is not None:
             on_take(self._reactor, self._legacy.after, leave)
 
     def upgrade(self) -> None:
-        """Be followed by the program that is installed now."""
+        """Be followed by the program that is installed now; not at once, so that who asks has an answer.
+        Raises `MountError` where nobody would start that."""
+        parent = self._legacy.parent
         if self._legacy.after is None:
-            self._leave()
-        elif os.getppid() != self._legacy.parent:
-            self.log.error(
-                "the parent (process {parent}), which would start the next daemon, has been killed: start "
-                "this service again; its mounts go on",
-                parent=self._legacy.parent,
-            )
-        else:
+            self._reactor.callLater(0, self._leave)
+        elif os.getppid() == parent:
             # It becomes that program first, and then forks the next daemon; this one goes on meanwhile.
-            os.kill(self._legacy.parent, signal.SIGUSR2)
+            os.kill(parent, signal.SIGUSR2)
+        else:
+            raise MountError(
+                f"the parent (process {parent}), which would start the next daemon, has been killed: kill "
+                f"this one, too ('kill -9 {os.getpid()}'), and start the service again; mounts on nbd go on"
+            )
+
+    def _try_upgrade(self) -> None:
+        try:
+            self.upgrade()
+        except MountError as error:
+            self.log.error("{reason}", reason=str(error))
 
     async def give(self, pool: ThreadPool, handover: Handover) -> None:
         """End after this, and all of that is the next daemon's."""

@@ -432,20 +432,6 @@ class LingeringTests(MountsTestCase):
 
 
 class UpgradeTests(MountsTestCase):
-    def begin(self) -> None:
-        self.begun = 0
-        self.mounts = mounts.Mounts(self.clock, {}, self.state_dir, self.lines, self.begin_upgrade)
-
-    def begin_upgrade(self) -> None:
-        self.begun += 1
-
-    def test_it_begins_when_the_caller_has_his_answer(self) -> None:
-        self.up()
-        self.mounts.upgrade()
-        self.assertEqual(0, self.begun)
-        self.clock.advance(0)
-        self.assertEqual(1, self.begun)
-
     def test_all_mounts_are_left_on_record_and_the_next_daemon_has_them(self) -> None:
         self.up("/one")
         two = self.mounts.mount("/two", OTHER)
