@@ -35,7 +35,7 @@ POLL = 0.005
 PATIENCE = 10.0
 """Seconds that the driver may take for what it does in the background."""
 
-SETTLED = 0.01
+SETTLED = 0.001
 """Seconds after which it has not dropped a socket that it was given: it does that before its call returns."""
 
 
