@@ -15,7 +15,6 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from threading import Thread
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -205,15 +204,13 @@ def run(*command: str | Path, **options: Any) -> subprocess.CompletedProcess[str
 
 
 def until_serving(process: subprocess.Popen[str]) -> None:
-    """Read what ``erofs-nbd serve`` says on standard error until it serves. What it says later is read, too:
-    it need not wait for that."""
+    """Read what ``erofs-nbd serve`` says on standard error until it serves."""
     assert process.stderr is not None
     said: list[str] = []
     while not said or "serving" not in said[-1]:
         said.append(process.stderr.readline())
         if not said[-1]:
             raise AssertionError("it does not serve: " + "".join(said))
-    Thread(target=process.stderr.read, daemon=True).start()
 
 
 @attrs.define(eq=False)

@@ -105,14 +105,13 @@ class SharedTests(CacheTestCase):
                 *cache,
                 *words,
             ]
-            server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-            assert server.stderr is not None
-            self.addCleanup(server.stderr.close)
-            self.addCleanup(server.wait)
-            self.addCleanup(server.kill)
-            servers.append(server)
+            servers.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
+            self.addCleanup(servers[-1].wait)
+            self.addCleanup(servers[-1].kill)
         for server, name in zip(servers, "ab", strict=True):
-            until_serving(server)
+            assert server.stderr is not None
+            with server.stderr:
+                until_serving(server)
             self.assert_copies(self.directory / name)
         self.assertEqual(self.size, self.asked_for("filled"))
 
