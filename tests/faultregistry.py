@@ -351,7 +351,8 @@ def main(origin: str, reactor: Any = global_reactor) -> None:
     found: Any = ServerOrigin(reactor, origin) if origin.startswith("http:") else LayoutOrigin(Path(origin))
     commands = Commands(reactor, Registry(reactor, found))
     reactor.callWhenRunning(stdio.StandardIO, commands)
-    reactor.run()
+    # No handlers of its own: there is nothing to be done before a signal ends it.
+    reactor.run(installSignalHandlers=False)
 
 
 if __name__ == "__main__":
