@@ -80,7 +80,7 @@ def killed(directory: Path, kills: int, supervised: bool) -> dict[str, Any]:
     options = ("--attach", "nbd", "--fill", "off", *(["--supervise"] if supervised else []))
     daemon = Daemon(directory, registry().image("killed"), options, foreground=True)
     daemon.start()
-    pid = daemon.ready().pid
+    pid = until("the first one serves", partial(served_by_another, daemon, 0))
     original = scenery().tree / BIG
     readers = [Reader(daemon.mountpoint / BIG, original, seed) for seed in range(READERS)]
     starts = []
