@@ -213,6 +213,16 @@ def until_serving(process: subprocess.Popen[str]) -> None:
             raise AssertionError("it does not serve: " + "".join(said))
 
 
+def exit_status(pid: int) -> int | None:
+    """Of a child that has ended, once; None while it runs."""
+    try:
+        ended, waited = os.waitpid(pid, os.WNOHANG)
+    except ChildProcessError:
+        # Not ours yet: its parent, the first of twistd's two forks, is about to end.
+        return None
+    return os.waitstatus_to_exitcode(waited) if ended else None
+
+
 @attrs.define(eq=False)
 class Daemon:
     """One ``twistd erofs-nbd``, with a directory of its own for all that it writes."""
@@ -299,13 +309,7 @@ class Daemon:
     def status(self) -> int | None:
         """Its exit status; None while it runs."""
         if self._status is None and self.pid:
-            try:
-                pid, waited = os.waitpid(self.pid, os.WNOHANG)
-            except ChildProcessError:
-                # Not ours yet: its parent, the first of twistd's two forks, is about to end.
-                return None
-            if pid:
-                self._status = os.waitstatus_to_exitcode(waited)
+            self._status = exit_status(self.pid)
         return self._status
 
     def ended(self, patience: float = PATIENCE) -> int:

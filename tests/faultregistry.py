@@ -28,7 +28,6 @@ import re
 import sys
 import time
 from collections import defaultdict
-from contextlib import suppress
 from datetime import UTC, datetime
 from email.utils import formatdate
 from pathlib import Path
@@ -39,7 +38,6 @@ import treq
 from twisted.internet import reactor as global_reactor
 from twisted.internet import stdio
 from twisted.internet.defer import Deferred
-from twisted.internet.error import ReactorNotRunning
 from twisted.internet.task import deferLater
 from twisted.protocols.basic import LineOnlyReceiver
 from twisted.protocols.policies import WrappingFactory
@@ -337,7 +335,7 @@ class Commands(LineOnlyReceiver):
                 self._say()
 
     def connectionLost(self, reason: Any = None) -> None:
-        with suppress(ReactorNotRunning):  # a signal was quicker
+        if self._reactor.running:
             self._reactor.stop()
 
     def _listen(self, number: int) -> None:

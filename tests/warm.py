@@ -40,7 +40,7 @@ from typing import Any
 
 import attrs
 
-from tests.daemon import PATIENCE, PROJECT, Daemon, until
+from tests.daemon import PATIENCE, PROJECT, Daemon, exit_status, until
 from tests.scarcity import Scarcity, find_attribute, without_memory
 
 STEPS = (
@@ -166,9 +166,7 @@ class Forked:
 
     def poll(self) -> int | None:
         if self._status is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                self._status = os.waitstatus_to_exitcode(status)
+            self._status = exit_status(self.pid)
         return self._status
 
     def wait(self, timeout: float = PATIENCE) -> int:

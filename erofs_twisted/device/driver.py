@@ -57,12 +57,6 @@ class Reconnected:
     attached: Attached
     sock: socket.socket
 
-    def is_connected(self, seconds: float = 0.0) -> bool:
-        """Has the driver the other end still, after so long?"""
-        poll = select.poll()
-        poll.register(self.sock, 0)
-        return not poll.poll(1000 * seconds)
-
 
 class NBDDriver:
     """Devices of ``/sys/block/nbdN``, with their nodes at ``/dev/nbdN``.
@@ -112,9 +106,8 @@ class NBDDriver:
                 except MountError:
                     ours.close()
                     raise
-            reconnected = Reconnected(attached, ours)
-            if reconnected.is_connected(SETTLED):
-                return reconnected
+            if not _was_dropped(ours):
+                return Reconnected(attached, ours)
             ours.close()
             if time.monotonic() > deadline:
                 raise MountError(
@@ -146,7 +139,7 @@ class NBDDriver:
         """The devices that say this of their server, and that the driver takes new sockets for."""
         found = []
         for device in sorted(Path("/sys/block").glob("nbd*")):
-            if _connection(device) and _backend(device) == identifier and _is_bound(device, identifier):
+            if _is_connected(device, identifier) and _is_bound(device, identifier):
                 attached = self.find(f"/dev/{device.name}")
                 found.append(
                     Connected(
@@ -161,7 +154,7 @@ class NBDDriver:
     def is_connected(self, path: str, size: int, identifier: str) -> bool:
         """Is this a device of that many bytes, that says this of its server?"""
         device = Path("/sys/block", Path(path).name)
-        return _connection(device) != 0 and _size(device) == size and _backend(device) == identifier
+        return _is_connected(device, identifier) and _size(device) == size
 
     def find(self, path: str) -> Attached:
         """The device of the node at ``path`` as it is now, whoever attached it."""
@@ -240,6 +233,17 @@ def _connection(device: Path) -> int:
         return (device / "pid").stat().st_ino
     except OSError:
         return 0
+
+
+def _is_connected(device: Path, identifier: str) -> bool:
+    return _connection(device) != 0 and _backend(device) == identifier
+
+
+def _was_dropped(sock: socket.socket) -> bool:
+    """Has the driver closed the other end of a socket that it was given?"""
+    poll = select.poll()
+    poll.register(sock, 0)
+    return bool(poll.poll(1000 * SETTLED))
 
 
 def _is_bound(device: Path, identifier: str) -> bool:

@@ -83,12 +83,11 @@ class PaperServer:
         raise NotImplementedError
 
 
-class NetlinkConnectorTests(SynchronousTestCase):
+class PaperTestCase(SynchronousTestCase):
     def setUp(self) -> None:
         self.pool = HeldPool(held=False)
         self.driver = PaperDriver()
         self.server = PaperServer()
-        self.export = BytesExport(bytes(8192), description="sha256:ab")
         self.addCleanup(self.close)
 
     def close(self) -> None:
@@ -96,6 +95,12 @@ class NetlinkConnectorTests(SynchronousTestCase):
             sock.close()
         if self.driver.kernels_end is not None:
             self.driver.kernels_end.close()
+
+
+class NetlinkConnectorTests(PaperTestCase):
+    def setUp(self) -> None:
+        super().setUp()
+        self.export = BytesExport(bytes(8192), description="sha256:ab")
 
     def connector(self, settings: NBDSettings | None = None) -> NetlinkConnector:
         return NetlinkConnector(ThreadlessReactor(), self.pool, settings, self.driver)
@@ -224,24 +229,15 @@ class NetlinkConnectorTests(SynchronousTestCase):
         self.assertEqual(1, len(self.driver.detached))
 
 
-class AdoptionTests(SynchronousTestCase):
+class AdoptionTests(PaperTestCase):
     """A device whose server was killed."""
 
     def setUp(self) -> None:
-        self.pool = HeldPool(held=False)
-        self.driver = PaperDriver()
-        self.server = PaperServer()
+        super().setUp()
         self.reclaimed: dict[str, Reconnected] = {}
         self.connector = NetlinkConnector(
             ThreadlessReactor(), self.pool, None, self.driver, reclaimed=self.reclaimed
         )
-        self.addCleanup(self.close)
-
-    def close(self) -> None:
-        for sock, _ in self.server.adopted:
-            sock.close()
-        if self.driver.kernels_end is not None:
-            self.driver.kernels_end.close()
 
     def adopt(self) -> Deferred[IBlockDevice]:
         return self.connector.adopt("/dev/nbd5", BytesExport(bytes(8192)), self.server, "me")
