@@ -7,10 +7,17 @@ pytest-twisted starts it with its first test and keeps it. So the latter must co
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
 from twisted.trial.unittest import SynchronousTestCase
+
+
+def pytest_configure() -> None:
+    """What a shell starts in the background ignores SIGINT, and so would what the tests interrupt."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
