@@ -33,20 +33,9 @@ import attrs
 from benchmarks.machine import machine
 from benchmarks.table import Row, console, show
 from tests.controlled import Controlled
-from tests.daemon import (
-    BIN,
-    IN_USER_MODE_LINUX,
-    PROJECT,
-    FaultRegistry,
-    adopt_orphans,
-    children,
-    mounts,
-    nbd_devices_in_use,
-    registry,
-    run,
-    until,
-)
+from tests.daemon import FaultRegistry, mounts, nbd_devices_in_use, registry
 from tests.faults import REGISTRY_FAULTS
+from tests.processes import BIN, IN_USER_MODE_LINUX, PROJECT, adopt_orphans, children, run, until
 from tests.reading import Reader
 from tests.scarcity import CACHE_CALLS, without_memory
 from tests.scenery import BIG, scenery, sha256

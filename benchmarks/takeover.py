@@ -26,7 +26,8 @@ from benchmarks.registries import PROJECT
 from benchmarks.stage import Stage
 from benchmarks.table import Row
 from erofs_twisted.state.records import Status
-from tests.daemon import Daemon, registry, until
+from tests.daemon import Daemon, registry
+from tests.processes import until
 from tests.reading import Reader
 from tests.scenery import BIG, scenery
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import attrs
 
-from tests.daemon import BIN, PATIENCE, run, until
-from tests.warm import Forked, warm_erofs_nbd, warm_process
+from tests.processes import BIN, PATIENCE, run, until
+from tests.warm import Forked, warm_process, warm_run
 
 
 class _Connection(http.client.HTTPConnection):
@@ -41,7 +41,7 @@ class Controlled:
     is_quick: bool = False
     """Do the commands that talk to it begin without the time that imports take?"""
     is_warm: bool = False
-    """Does itself so? It cannot be upgraded then."""
+    """Does it itself?"""
     _process: subprocess.Popen[bytes] | Forked | None = attrs.field(init=False, default=None)
 
     @property
@@ -66,18 +66,18 @@ class Controlled:
         """Start it, and wait until it listens."""
         self.directory.mkdir(exist_ok=True)
         log = self.directory / "log"
+        twistd = [*self.under, BIN / "twistd", "-n", "--pidfile=", f"--logfile={log}", "erofs-nbd"]
         directories = ("--state-dir", str(self.state_dir), "--cache-dir", str(self.directory / "cache"))
-        arguments = [*directories, *self.options]
+        command = [*twistd, *directories, *self.options]
+        where: Any = {"env": {**os.environ, **self.environment}, "cwd": self.directory}
         said = self.log.count("listening on")
         if self.is_warm:
-            assert not self.under and not self.environment
-            self._process = Forked(warm_process().start(arguments=arguments, log=str(log)))
+            assert not self.under
+            self._process = warm_process().start(command, **where)
         else:
-            twistd = [*self.under, BIN / "twistd", "-n", "--pidfile=", f"--logfile={log}", "erofs-nbd"]
             self._process = subprocess.Popen(
-                [*twistd, *arguments], env={**os.environ, **self.environment}, stdin=subprocess.DEVNULL,
-                cwd=self.directory, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT,
-                start_new_session=True,
+                command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT,
+                start_new_session=True, **where,
             )  # fmt: skip
         until("the daemon listens", lambda: self._listens(said))
 
@@ -94,9 +94,8 @@ class Controlled:
 
     def erofs_nbd(self, command: str, *words: str | Path, **how: Any) -> subprocess.CompletedProcess[str]:
         """A command that talks to it."""
-        if self.is_quick and not how:
-            return warm_erofs_nbd(command, *words, "--state-dir", self.state_dir, cwd=self.directory)
-        return run(BIN / "erofs-nbd", command, *words, "--state-dir", self.state_dir, **how)
+        line = (BIN / "erofs-nbd", command, *words, "--state-dir", self.state_dir)
+        return warm_run(*line, cwd=self.directory) if self.is_quick and not how else run(*line, **how)
 
     def mount(self, image: str, name: str, *options: str) -> Path:
         """An image that is mounted when this returns."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import ctypes
 import functools
 import json
 import os
@@ -12,11 +11,10 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import attrs
 from twisted.trial.unittest import SynchronousTestCase
@@ -24,18 +22,20 @@ from twisted.trial.unittest import SynchronousTestCase
 from erofs_twisted.mount.mountinfo import Mount, mount_at, parse_mountinfo
 from erofs_twisted.state.journal import Journal
 from erofs_twisted.state.records import MountRecord, Status
+from tests.processes import (
+    BIN,
+    PATIENCE,
+    PROJECT,
+    adopt_orphans,
+    children,
+    command_line,
+    descendants,
+    exit_status,
+    run,
+    until,
+)
 from tests.scenery import scenery
-
-PROJECT = Path(__file__).resolve().parents[1]
-BIN = Path(sys.executable).parent
-PATIENCE = 150.0
-"""Seconds: User-Mode Linux needs several for each start of Python, and many on a busy machine."""
-
-PR_SET_CHILD_SUBREAPER = 36
-
-IN_USER_MODE_LINUX = "User Mode Linux" in Path("/proc/cpuinfo").read_text()
-
-Found = TypeVar("Found")
+from tests.warm import warm_process, warm_run
 
 
 @attrs.frozen
@@ -140,87 +140,12 @@ def registry() -> FaultRegistry:
     return started
 
 
-@functools.cache
-def adopt_orphans() -> None:
-    """Become the parent of whatever our children leave behind, daemons too: so their exit status can be had,
-    and none can be overlooked."""
-    if ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
-        raise OSError("prctl(PR_SET_CHILD_SUBREAPER) failed")
-
-
-def children(pid: int | str = "self") -> set[int]:
-    """The children of a process that still run."""
-    return {child for child in _children(pid) if not _ended(child)}
-
-
-def descendants(pid: int) -> set[int]:
-    """A process, and those below it that still run."""
-    return {pid}.union(*map(descendants, children(pid)))
-
-
-def _command_line(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-    except FileNotFoundError:
-        return "(ended)"
-
-
-def _children(pid: int | str) -> set[int]:
-    listed = " ".join(path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children"))
-    return set(map(int, listed.split()))
-
-
-def _ended(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
-    except FileNotFoundError:
-        return True
-
-
 def nbd_devices_in_use() -> set[str]:
     return {path.parent.name for path in Path("/sys/block").glob("nbd*/pid")}
 
 
 def mounts() -> list[Mount]:
     return parse_mountinfo(Path("/proc/self/mountinfo").read_bytes())
-
-
-def until(what: str, look: Callable[[], Found], patience: float = PATIENCE) -> Found:
-    """Look again and again until there is something to see."""
-    deadline = time.monotonic() + patience
-    while not (found := look()):
-        if time.monotonic() > deadline:
-            raise AssertionError(f"not within {patience:g} s: {what}")
-        time.sleep(0.02)
-    return found
-
-
-def run(*command: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run a program to its end, with its output, whatever its status."""
-    return subprocess.run(
-        [str(word) for word in command],
-        **{"capture_output": True, "text": True, "timeout": PATIENCE, "stdin": subprocess.DEVNULL, **options},
-    )
-
-
-def until_serving(process: subprocess.Popen[str]) -> None:
-    """Read what ``erofs-nbd serve`` says on standard error until it serves."""
-    assert process.stderr is not None
-    said: list[str] = []
-    while not said or "serving" not in said[-1]:
-        said.append(process.stderr.readline())
-        if not said[-1]:
-            raise AssertionError("it does not serve: " + "".join(said))
-
-
-def exit_status(pid: int) -> int | None:
-    """Of a child that has ended, once; None while it runs."""
-    try:
-        ended, waited = os.waitpid(pid, os.WNOHANG)
-    except ChildProcessError:
-        # Not ours yet: its parent, the first of twistd's two forks, is about to end.
-        return None
-    return os.waitstatus_to_exitcode(waited) if ended else None
 
 
 @attrs.define(eq=False)
@@ -232,6 +157,8 @@ class Daemon:
     options: Sequence[str]
     foreground: bool = False
     environment: Mapping[str, str] = attrs.field(factory=dict)
+    is_warm: bool = False
+    """Does it begin without the time that imports take, and the commands that are about it too?"""
     pid: int = attrs.field(init=False, default=0)
     cache_dir: Path = attrs.field(init=False)
     _status: int | None = attrs.field(init=False, default=None)
@@ -273,16 +200,23 @@ class Daemon:
     def start(self) -> None:
         """Start it, as a daemon or in the foreground; it goes on by itself."""
         environment = {**os.environ, "TMPDIR": str(self.directory / "tmp"), **self.environment}
-        if self.foreground:
-            self.pid = subprocess.Popen(
-                self.command(), env=environment, stdin=subprocess.DEVNULL, stderr=subprocess.STDOUT,
-                stdout=subprocess.DEVNULL, cwd=self.directory, start_new_session=True,
-            ).pid  # fmt: skip
-        else:
-            started = run(*self.command(), env=environment, cwd=self.directory)
+        where: Any = {"env": environment, "cwd": self.directory}
+        if not self.foreground:
+            started = (warm_run if self.is_warm else run)(*self.command(), **where, **self.faults())
             if started.returncode != 0:
                 raise AssertionError(f"twistd: status {started.returncode}\n{started.stdout}{started.stderr}")
             self.pid = int(self.pidfile.read_text())
+        elif self.is_warm:
+            self.pid = warm_process().start(self.command(), **where, **self.faults()).pid
+        else:
+            self.pid = subprocess.Popen(
+                self.command(), stdin=subprocess.DEVNULL, stderr=subprocess.STDOUT, stdout=subprocess.DEVNULL,
+                start_new_session=True, **where,
+            ).pid  # fmt: skip
+
+    def faults(self) -> dict[str, Any]:
+        """What `WarmProcess.start` shall have happen to it."""
+        return {}
 
     def record(self) -> MountRecord | None:
         return Journal(self.state_dir).read(str(self.mountpoint))
@@ -326,7 +260,8 @@ class Daemon:
 
     def erofs_nbd(self, command: str, *more: str) -> subprocess.CompletedProcess[str]:
         """``erofs-nbd wait`` or ``umount`` of its mount point."""
-        return run(BIN / "erofs-nbd", command, self.mountpoint, "--state-dir", self.state_dir, *more)
+        words = (BIN / "erofs-nbd", command, self.mountpoint, "--state-dir", self.state_dir, *more)
+        return warm_run(*words, cwd=self.directory) if self.is_warm else run(*words)
 
     def memory(self, field: str) -> int:
         """``VmRSS`` or ``VmHWM``, in bytes, of the process and those below it."""
@@ -347,15 +282,19 @@ class DaemonTestCase(SynchronousTestCase):
     """Has a registry, and starts daemons that must have left nothing when the test ends."""
 
     attach = "auto"
+    is_warm = False
+    """Do they begin without the time that imports take, where a test does not say otherwise?"""
 
     def setUp(self) -> None:
         if os.geteuid() != 0:
             self.fail("mount(2) takes root: run these tests as root")
         adopt_orphans()
+        if self.is_warm:
+            warm_process()
         self.registry = registry()
         # Short: there will be sockets below it.
         self.directory = Path(tempfile.mkdtemp(prefix="daemon-"))
-        self._children_before = _children("self")
+        self._children_before = children(ended=True)
         self._devices_before = nbd_devices_in_use()
         self._daemons: list[Daemon] = []
         self.addCleanup(self._clean_up)
@@ -364,7 +303,7 @@ class DaemonTestCase(SynchronousTestCase):
         """One that has not been started."""
         if "--attach" not in options:
             options = (*options, "--attach", self.attach)
-        daemon = Daemon(self.directory / name, image, options, **more)
+        daemon = Daemon(self.directory / name, image, options, **{"is_warm": self.is_warm, **more})
         self._daemons.append(daemon)
         return daemon
 
@@ -379,6 +318,18 @@ class DaemonTestCase(SynchronousTestCase):
         daemon.ready()
         return daemon
 
+    def kill(self, daemon: Daemon) -> None:
+        daemon.signal(signal.SIGKILL)
+        self.assertEqual(-signal.SIGKILL, daemon.ended())
+        daemon.pidfile.unlink(missing_ok=True)
+
+    def again(self, daemon: Daemon, **otherwise: Any) -> Daemon:
+        """The same command, which has been started."""
+        successor = attrs.evolve(daemon, **otherwise)
+        self._daemons.append(successor)
+        successor.start()
+        return successor
+
     def assert_same(self, expected: Mapping[str, Any], found: Mapping[str, Any]) -> None:
         """The differences of two dictionaries, not the dictionaries."""
         differences = {key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key)}
@@ -390,7 +341,7 @@ class DaemonTestCase(SynchronousTestCase):
         self.assertEqual(self._devices_before, nbd_devices_in_use())
         running = {daemon.pid for daemon in self._daemons if daemon not in ended}
         left = children() - self._children_before - running
-        self.assertEqual({}, {pid: _command_line(pid) for pid in left})
+        self.assertEqual({}, {pid: command_line(pid) for pid in left})
         self.assertEqual([], self._sockets())
         for daemon in ended:
             self.assertEqual([], _names(daemon.state_dir))
@@ -420,7 +371,7 @@ class DaemonTestCase(SynchronousTestCase):
                     daemon.ended(10)
                 except AssertionError:
                     daemon.kill()
-        for pid in _children("self") - self._children_before:
+        for pid in children(ended=True) - self._children_before:
             # One that is left over, or an orphan that has ended, for which nobody else waits.
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)

@@ -6,10 +6,11 @@ import signal
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from tests.daemon import DaemonTestCase, mounts, nbd_devices_in_use, until
+from tests.daemon import DaemonTestCase, mounts, nbd_devices_in_use
+from tests.faultydaemon import FaultyDaemon
 from tests.mounting import drop_caches
+from tests.processes import until
 from tests.scenery import BIG, contents, scenery, sha256
-from tests.warm import WarmDaemon, warm_process
 
 PART = "json"
 """A directory of the tree; to compare all of it each time would take long."""
@@ -21,21 +22,21 @@ INWARD = {"claim", "open_image", "check", "stop", "close", "set 2", "set 3"}
 class KilledTestCase(DaemonTestCase):
     """To be derived from with an ``attach``."""
 
-    def setUp(self) -> None:
-        warm_process()
-        super().setUp()
+    is_warm = True
 
-    def daemon_that(self, die_after: str | None, *more: str) -> WarmDaemon:
+    def daemon_that(self, die_after: str | None, *more: str) -> FaultyDaemon:
         """One for the same mount each time. With None it lives."""
         options = ("--fill", "off", "--attach", self.attach, *more)
-        daemon = WarmDaemon(self.directory / "d", self.registry.image("steps"), options, die_after=die_after)
+        daemon = FaultyDaemon(
+            self.directory / "d", self.registry.image("steps"), options, die_after=die_after
+        )
         if "--mkdir" in more:
             daemon.below = "made"
         self._daemons.append(daemon)
         daemon.start()
         return daemon
 
-    def live(self, daemon: WarmDaemon) -> int:
+    def live(self, daemon: FaultyDaemon) -> int:
         """Once it is ready, it is told to stop. Its exit status."""
 
         def is_ready_or_dead() -> bool:

@@ -14,7 +14,8 @@ import sys
 import time
 from pathlib import Path
 
-from tests.daemon import Daemon, DaemonTestCase, descendants, mount_of, run, until
+from tests.daemon import Daemon, DaemonTestCase, mount_of
+from tests.processes import descendants, run, until
 from tests.scenery import BIG, BIG_SIZE, contents, scenery, sha256
 
 MEMORY = 80 * 1024 * 1024
@@ -53,7 +54,7 @@ class MountTests(DaemonTestCase):
         self.assert_same(contents(scenery().tree), contents(root))
 
     def test_every_file_is_as_in_the_tree_that_the_image_was_made_of(self) -> None:
-        daemon = self.start(self.registry.image("all"))
+        daemon = self.start(self.registry.image("all"), is_warm=False)
         waited = daemon.erofs_nbd("wait", "--timeout", "60")
         self.assertEqual((0, "", ""), (waited.returncode, waited.stdout, waited.stderr))
         self.assert_whole(daemon.mountpoint)
@@ -241,7 +242,7 @@ class MountTests(DaemonTestCase):
         self.assert_nothing_left(*daemons)
 
     def test_memory_stays_small_however_much_is_read(self) -> None:
-        daemon = self.mounted(self.registry.image("memory", "plain"))
+        daemon = self.mounted(self.registry.image("memory", "plain"), is_warm=False)
         for _ in range(3):
             self.assert_whole(daemon.mountpoint)
             drop_caches()
@@ -252,9 +253,8 @@ class MountTests(DaemonTestCase):
     def test_a_password_is_shown_to_nobody(self) -> None:
         password = "correct-horse-battery"
         self.registry.set("private", user=f"alice:{password}")
-        daemon = self.mounted(
-            self.registry.image("private", "plain"), "--oci", f"username=alice,password={password}"
-        )
+        login = ("--oci", f"username=alice,password={password}")
+        daemon = self.mounted(self.registry.image("private", "plain"), *login, is_warm=False)
         self.assert_whole(daemon.mountpoint)
         shown = {path: Path(path).read_bytes() for path in self.shown_by(daemon)}
         self.assertIn(f"/proc/{daemon.pid}/cmdline", shown)

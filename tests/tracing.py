@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from erofs_twisted.blocks.trace import Trace
-from tests.daemon import BIN, Daemon, DaemonTestCase, mounts, run, until
+from tests.daemon import Daemon, DaemonTestCase, mounts
+from tests.processes import BIN, run, until
 from tests.scenery import BIG, BIG_SIZE, BLOCK, scenery
+from tests.warm import warm_run
 
 
 class TraceTests(DaemonTestCase):
@@ -29,8 +31,11 @@ class TraceTests(DaemonTestCase):
             (self.directory / name).mkdir(mode=0o700, exist_ok=True)
         environment = {**os.environ, "TMPDIR": str(self.directory / "tmp")}
         command, *rest = words
-        cache = ("--cache-dir", self.directory / "cache")
-        done = run(BIN / "erofs-nbd", "trace", command, *cache, *rest, env=environment, **options)
+        line = (BIN / "erofs-nbd", "trace", command, "--cache-dir", self.directory / "cache", *rest)
+        if self.is_warm and not options:
+            done = warm_run(*line, cwd=self.directory, env=environment)
+        else:
+            done = run(*line, env=environment, **options)
         self.assertNotIn("Traceback", done.stderr)
         self.assert_nothing_of_it_left()
         return done

@@ -1,47 +1,45 @@
-"""Programs without the time that imports take: daemons, which may be killed at a step of theirs, and
-``erofs-nbd``; a process of its own.
+"""The project's programs without the time that imports take: a process of its own, which has imported what
+they need, but no reactor, and forks one for each command.
 
     python -m tests.warm
 
-It has imported what they need, but no reactor, and forks one for each command. Commands are JSON objects, one
-a line, on standard input; each is answered by one, ``{"pid": N}``. The end of standard input ends this
-process, and none of those.
+Commands are JSON objects, one a line, on standard input; each is answered by one, ``{"pid": N}``. The end of
+standard input ends this process, and none of those.
 
-    {"arguments": [ARGUMENT…], "log": PATH, "steps": PATH, "die_after": STEP or null, "scarcity": PATH}
+    {"command": [PATH, WORD…], "environment": {NAME: VALUE…}, "directory": PATH,
+     "standard": [PATH, PATH, PATH], "steps": PATH, "die_after": STEP or null, "scarcity": PATH}
 
-``arguments`` are those of ``twistd -n erofs-nbd``. The daemon is an orphan when the answer comes. It writes
-the steps that it has come to into ``steps``, one a line, and kills itself by SIGKILL after ``die_after``. As
-long as there is a file ``scarcity``, the calls that it names find no memory; see `tests.scarcity`. None of
-the three must be given. It has no command that it could begin anew by, so it cannot be upgraded.
-
-    {"words": [WORD…], "directory": PATH, "said": [PATH, PATH]}
-
-``words`` are those of ``erofs-nbd``, which runs in ``directory`` with its output and its errors in files.
+``command`` runs a script of Python's, such as pip makes of entry points, in a session of its own, with those
+files as its standard input, output and errors. It is an orphan when the answer comes. It writes the steps
+that it has come to into ``steps``, one a line, and kills itself by SIGKILL after ``die_after``. As long as
+there is a file ``scarcity``, the calls that it names find no memory; see `tests.scarcity`. None of the last
+three must be given.
 """
 
 from __future__ import annotations
 
 import atexit
 import functools
+import gc
 import importlib
 import inspect
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
 import attrs
 
-from tests.daemon import PATIENCE, PROJECT, Daemon, exit_status, until
-from tests.scarcity import Scarcity, find_attribute, without_memory
+from tests.processes import PATIENCE, PROJECT, exit_status, until
+from tests.scarcity import Scarcity, find_attribute
 
 STEPS = (
     "erofs_twisted.state.journal.Journal.claim",
@@ -80,6 +78,7 @@ NEEDED = (
     "erofs_twisted.registry.logins",
     "erofs_twisted.registry.tls",
     "twisted.internet.epollreactor",
+    "twisted.scripts.twistd",
 )
 
 
@@ -124,8 +123,27 @@ class Steps:
 
 
 @attrs.define
+class Forked:
+    """A process that `WarmProcess` has begun, with what `subprocess.Popen` says of its own."""
+
+    pid: int
+    returncode: int | None = None
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            self.returncode = exit_status(self.pid)
+        return self.returncode
+
+    def wait(self, timeout: float = PATIENCE) -> int:
+        until(f"the end of process {self.pid}", lambda: self.poll() is not None, timeout)
+        assert self.returncode is not None
+        return self.returncode
+
+
+@attrs.define
 class WarmProcess:
-    """This module as a program, for as long as the process that asks it."""
+    """This module as a program, for as long as the process that asks it. What it begins are children of that
+    one, if it has called `adopt_orphans`."""
 
     _process: subprocess.Popen[str] = attrs.field(init=False)
     _lock: Lock = attrs.field(init=False, factory=Lock)
@@ -140,12 +158,27 @@ class WarmProcess:
         )
         atexit.register(self.end)
 
-    def start(self, **command: Any) -> int:
-        """The process number of a new one."""
+    def start(
+        self,
+        command: Sequence[str | Path],
+        *,
+        cwd: Path,
+        env: Mapping[str, str] | None = None,
+        standard: Sequence[str | Path] = (os.devnull,) * 3,
+        **faults: str | None,
+    ) -> Forked:
+        """Begin a command; ``faults`` are ``steps``, ``die_after`` and ``scarcity``."""
+        asked = {
+            "command": [str(word) for word in command],
+            "environment": dict(os.environ if env is None else env),
+            "directory": str(cwd),
+            "standard": [str(path) for path in standard],
+            **faults,
+        }
         assert self._process.stdin is not None and self._process.stdout is not None
         with self._lock:
-            print(json.dumps(command), file=self._process.stdin, flush=True)
-            return int(json.loads(self._process.stdout.readline())["pid"])
+            print(json.dumps(asked), file=self._process.stdin, flush=True)
+            return Forked(json.loads(self._process.stdout.readline())["pid"])
 
     def end(self) -> None:
         self._process.communicate()
@@ -157,80 +190,21 @@ def warm_process() -> WarmProcess:
     return WarmProcess()
 
 
-@attrs.define
-class Forked:
-    """A process that `WarmProcess` has begun, with what `subprocess.Popen` says of its own."""
-
-    pid: int
-    _status: int | None = None
-
-    def poll(self) -> int | None:
-        if self._status is None:
-            self._status = exit_status(self.pid)
-        return self._status
-
-    def wait(self, timeout: float = PATIENCE) -> int:
-        until(f"the end of process {self.pid}", lambda: self.poll() is not None, timeout)
-        assert self._status is not None
-        return self._status
-
-
-def warm_erofs_nbd(*words: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """Run it to its end, whatever its status."""
+def warm_run(
+    *command: str | Path, cwd: Path, env: Mapping[str, str] | None = None, **faults: str | None
+) -> subprocess.CompletedProcess[str]:
+    """As `run` does: to its end, with its output, whatever its status."""
     with tempfile.TemporaryDirectory() as home:
         said = [Path(home) / "output", Path(home) / "errors"]
-        given = [str(word) for word in words]
-        pid = warm_process().start(words=given, directory=str(cwd), said=[str(path) for path in said])
-        process = Forked(pid)
+        standard = (os.devnull, *said)
+        process = warm_process().start(command, cwd=cwd, env=env, standard=standard, **faults)
         try:
             status = process.wait()
         except AssertionError:
-            os.kill(pid, signal.SIGKILL)
+            os.kill(process.pid, signal.SIGKILL)
             process.wait()
             raise
-        return subprocess.CompletedProcess(given, status, *(path.read_text() for path in said))
-
-
-@attrs.define(eq=False)
-class WarmDaemon(Daemon):
-    """A `Daemon` that is up at once, and dies after a step if it is told to. It writes no pidfile."""
-
-    die_after: str | None = None
-    below: str = ""
-    """Where below the usual directory its mount point is."""
-
-    @property
-    def mountpoint(self) -> Path:
-        return self.directory / "target" / self.below
-
-    def start(self) -> None:
-        command = self.command()
-        self.steps_file.unlink(missing_ok=True)
-        self.pid = warm_process().start(
-            arguments=command[command.index("erofs-nbd") + 1 :],
-            log=str(self.directory / "log"),
-            steps=str(self.steps_file),
-            die_after=self.die_after,
-            scarcity=str(self.scarcity_file),
-        )
-
-    @property
-    def scarcity_file(self) -> Path:
-        return self.directory.with_suffix(".scarcity")
-
-    def without_memory(
-        self, *calls: str, error: str = "ENOMEM", times: int | None = None
-    ) -> AbstractContextManager[None]:
-        """For those calls; see `tests.scarcity.without_memory`."""
-        return without_memory(self.scarcity_file, *calls, error=error, times=times)
-
-    @property
-    def steps_file(self) -> Path:
-        return self.directory.with_suffix(".steps")
-
-    def steps(self) -> list[str]:
-        """Those that it has come to."""
-        return self.steps_file.read_text().splitlines()
+        return subprocess.CompletedProcess(command, status, *(path.read_text() for path in said))
 
 
 def main() -> None:
@@ -239,22 +213,19 @@ def main() -> None:
     assert "twisted.internet.reactor" not in sys.modules, (
         "a reactor cannot be shared by those that are forked"
     )
+    gc.collect()
+    gc.freeze()  # what is looked at again and again is copied by each of them
     for line in sys.stdin:
-        command = json.loads(line)
         reading, writing = os.pipe()
         child = os.fork()
         if child == 0:
             # Twice: so that whoever has asked for it becomes its parent.
-            daemon = os.fork()
-            if daemon == 0:
+            program = os.fork()
+            if program == 0:
                 os.close(reading)
                 os.close(writing)
-                if "words" in command:
-                    call(**command)
-                else:
-                    serve(**command)
-                return
-            os.write(writing, str(daemon).encode())
+                os._exit(become(**json.loads(line)))
+            os.write(writing, str(program).encode())
             os._exit(0)
         os.close(writing)
         os.waitpid(child, 0)
@@ -262,52 +233,41 @@ def main() -> None:
         os.close(reading)
 
 
-def open_standard(*paths: str) -> None:
-    """As standard input, output and errors."""
-    for number, path in enumerate(paths):
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
-        os.dup2(descriptor, number)
-        os.close(descriptor)
-
-
-def call(words: list[str], directory: str, said: list[str]) -> None:
-    """As the script that pip installs does it."""
-    open_standard(os.devnull, *said)
-    os.chdir(directory)
-    from erofs_twisted.cli import main
-
-    sys.argv = ["erofs-nbd", *words]
-    main()
-
-
-def serve(
-    arguments: list[str],
-    log: str,
+def become(
+    command: list[str],
+    environment: dict[str, str],
+    directory: str,
+    standard: list[str],
     steps: str | None = None,
     die_after: str | None = None,
     scarcity: str | None = None,
-) -> None:
-    """As twistd does it."""
+) -> int:
+    """The status that it is to end with, at once: to take all apart that has been imported takes long."""
     os.setsid()
-    open_standard(os.devnull, log, log)
-    from twisted.logger import globalLogBeginner, textFileLogObserver
-
-    from erofs_twisted.tap import Options, makeService
-
-    globalLogBeginner.beginLoggingTo([textFileLogObserver(sys.stderr)], redirectStandardIO=False)
+    for number, path in enumerate(standard):
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+        os.dup2(descriptor, number)
+        os.close(descriptor)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(directory)
     if steps is not None:
         Steps(steps, die_after).install()
     if scarcity is not None:
         Scarcity(scarcity).install()
-    options = Options()
-    options.parseOptions(arguments)
-    service: Any = makeService(options)
-    from twisted.internet import reactor
-
-    running: Any = reactor
-    running.addSystemEventTrigger("before", "shutdown", service.stopService)
-    service.startService()
-    running.run()
+    sys.argv = command
+    sys.orig_argv = [sys.executable, *command]
+    status = 0
+    try:
+        runpy.run_path(command[0], run_name="__main__")
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return status
 
 
 if __name__ == "__main__":

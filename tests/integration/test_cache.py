@@ -17,8 +17,9 @@ from typing import Any
 from twisted.trial.unittest import SynchronousTestCase
 
 from erofs_twisted.blocks.cached import FLUSH_SECONDS
-from tests.daemon import BIN, DaemonTestCase, registry, run, until, until_serving
+from tests.daemon import DaemonTestCase, registry
 from tests.images import Layout, push
+from tests.processes import BIN, run, until, until_serving
 from tests.scenery import BIG, contents, scenery, sha256
 from tests.servers import DockerRegistry, tool
 

@@ -16,8 +16,9 @@ from pathlib import Path
 from twisted.trial.unittest import SynchronousTestCase
 
 from erofs_twisted.options import IMAGE_OPTIONS, OPTIONS
-from tests.daemon import BIN, registry, run, until, until_serving
+from tests.daemon import registry
 from tests.images import EROFS
+from tests.processes import BIN, run, until, until_serving
 from tests.scenery import GZIPPED_TAR, scenery
 from tests.servers import tool
 

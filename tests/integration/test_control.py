@@ -16,7 +16,8 @@ from urllib.parse import quote
 
 from erofs_twisted.state.records import Status, record_name
 from tests.controlled import Controlled
-from tests.daemon import BIN, DaemonTestCase, mounts, run, until
+from tests.daemon import DaemonTestCase, mounts
+from tests.processes import BIN, run, until
 from tests.scenery import BIG, contents, scenery
 
 SHOWN = """

@@ -6,7 +6,8 @@ import os
 import signal
 import time
 
-from tests.daemon import BIN, Daemon, DaemonTestCase, mount_of, run, until
+from tests.daemon import Daemon, DaemonTestCase, mount_of
+from tests.processes import BIN, run, until
 from tests.scenery import GZIPPED_TAR, scenery
 
 

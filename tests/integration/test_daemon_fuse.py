@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 
 from tests import mounting
-from tests.daemon import run
+from tests.processes import run
 from tests.scenery import scenery
 
 

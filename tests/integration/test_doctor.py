@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from erofs_twisted.state.journal import Journal
-from tests.daemon import BIN, Daemon, DaemonTestCase, mount_of, run
+from tests.daemon import Daemon, DaemonTestCase, mount_of
+from tests.processes import BIN, run
 from tests.scenery import BIG, contents, scenery
 
 

@@ -28,8 +28,9 @@ from erofs_twisted.registry.platform import Platform
 from erofs_twisted.registry.reference import parse_reference
 from erofs_twisted.registry.settings import RegistrySettings
 from erofs_twisted.registry.store import open_store
-from tests.daemon import BIN, DaemonTestCase, run
+from tests.daemon import DaemonTestCase
 from tests.images import EROFS, Layout, push
+from tests.processes import BIN, run
 from tests.scenery import scenery
 from tests.servers import DockerRegistry, tool
 

@@ -6,9 +6,9 @@ import json
 import os
 from pathlib import Path
 
-from tests.daemon import BIN, run, until
 from tests.images import EROFS, Layout, build_erofs
 from tests.integration.test_cache import QUIET, CacheTestCase
+from tests.processes import BIN, run, until
 from tests.servers import Nginx, tool
 
 GIB = 1 << 30

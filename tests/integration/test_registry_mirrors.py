@@ -23,8 +23,8 @@ from erofs_twisted.registry.reference import parse_reference
 from erofs_twisted.registry.settings import RegistrySettings
 from erofs_twisted.registry.store import open_store
 from tests.certificates import issue, make_authority, pem
-from tests.daemon import BIN, run
 from tests.images import EROFS, Layout, push
+from tests.processes import BIN, run
 from tests.servers import DockerRegistry, Nginx, TokenServer
 
 AMD64 = Platform.parse("linux/amd64")

@@ -28,9 +28,9 @@ from erofs_twisted.registry.tlssettings import TLSSettings
 from erofs_twisted.registry.transport import Transport
 from tests.certificates import issue, make_authority, pem
 from tests.connectproxy import ConnectProxy
-from tests.daemon import BIN
 from tests.images import EROFS, Layout, push
 from tests.integration.test_registry_servers import connections_to
+from tests.processes import BIN
 from tests.servers import DockerRegistry, Nginx, Tinyproxy, free_port, tool
 
 reactor: Any = global_reactor

@@ -20,8 +20,8 @@ from erofs_twisted.registry.settings import RegistrySettings
 from erofs_twisted.registry.store import open_store
 from erofs_twisted.registry.tlssettings import TLSSettings, parse_unverified
 from tests.certificates import DAY, HOUR, Authority, issue, make_authority, pem
-from tests.daemon import BIN, run
 from tests.images import EROFS, Layout, push
+from tests.processes import BIN, run
 from tests.servers import DockerRegistry, Nginx
 
 CONTENT = os.urandom(300_000)

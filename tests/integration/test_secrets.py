@@ -14,9 +14,10 @@ import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.daemon import BIN, Daemon, DaemonTestCase, FaultRegistry, descendants, run, until
+from tests.daemon import Daemon, DaemonTestCase, FaultRegistry
 from tests.faults import BREAKS, REFUSALS, Fault
 from tests.images import Layout, push
+from tests.processes import BIN, descendants, run, until
 from tests.scenery import scenery
 from tests.servers import DockerRegistry, Nginx, SignedURLs, Tinyproxy, TokenServer
 

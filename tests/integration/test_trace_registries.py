@@ -14,8 +14,9 @@ from typing import Any
 from erofs_twisted.blocks.trace import MEDIA_TYPE, Trace
 from erofs_twisted.registry.digest import Digest
 from erofs_twisted.registry.referrers import fallback_tag
-from tests.daemon import BIN, DaemonTestCase, run
+from tests.daemon import DaemonTestCase
 from tests.images import OCI_INDEX, Layout, push
+from tests.processes import BIN, run
 from tests.referrersregistry import ReferrersRegistry
 from tests.scenery import BIG, scenery
 from tests.servers import DockerRegistry, TokenServer

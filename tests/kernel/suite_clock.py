@@ -10,11 +10,11 @@ from urllib.parse import quote
 from twisted.trial.unittest import SkipTest
 
 from tests.controlled import Controlled
-from tests.daemon import IN_USER_MODE_LINUX, DaemonTestCase, mounts
+from tests.daemon import DaemonTestCase, mounts
 from tests.faults import Fault
+from tests.processes import IN_USER_MODE_LINUX
 from tests.reading import REST, Reader
 from tests.scenery import BIG, scenery, sha256
-from tests.warm import warm_process
 
 HOUR = 3600.0
 TOKEN_LIFE = 2.0
@@ -24,10 +24,11 @@ LONGEST = 20.0
 
 
 class ClockTests(DaemonTestCase):
+    is_warm = True
+
     def setUp(self) -> None:
         if not IN_USER_MODE_LINUX:
             raise SkipTest("the clock of a real machine is left alone: run it with --guest")
-        warm_process()
         super().setUp()
         self.controlled = Controlled(
             self.directory / "s",

@@ -16,8 +16,9 @@ from urllib.parse import quote
 
 from erofs_twisted.state.records import record_name
 from tests.controlled import Controlled
-from tests.daemon import DaemonTestCase, FaultRegistry, is_mounted, mounts, nbd_devices_in_use, run, until
+from tests.daemon import DaemonTestCase, FaultRegistry, is_mounted, mounts, nbd_devices_in_use
 from tests.images import EROFS, Layout, build_erofs
+from tests.processes import run, until
 from tests.reading import REST, Reader
 from tests.scenery import BIG, scenery, sha256
 from tests.warm import warm_process
@@ -40,7 +41,7 @@ class ControlTestCase(DaemonTestCase):
     is_warm = True
 
     def setUp(self) -> None:
-        warm_process()
+        warm_process()  # for the commands, whatever the daemon is
         super().setUp()
         options = ("--attach", self.attach, "--fill", "off", *self.options)
         self.controlled = Controlled(self.directory / "s", options, is_quick=True, is_warm=self.is_warm)

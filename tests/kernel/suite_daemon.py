@@ -5,13 +5,15 @@ from __future__ import annotations
 import signal
 
 from tests import mounting
-from tests.daemon import DaemonTestCase, run
+from tests.daemon import DaemonTestCase
+from tests.processes import run
 from tests.scenery import contents, scenery
 from tests.servers import tool
 
 
 class NBDMountTests(mounting.MountTests):
     attach = "nbd"
+    is_warm = True
 
     def test_a_device_that_somebody_disconnects_ends_the_daemon_which_leaves_nothing(self) -> None:
         daemon = self.mounted(self.registry.image("disconnected", "plain"))
@@ -22,6 +24,8 @@ class NBDMountTests(mounting.MountTests):
 
 
 class BackEndTests(DaemonTestCase):
+    is_warm = True
+
     def assert_mounts_by(self, attach: str, backend: str, device: str) -> None:
         daemon = self.mounted(self.registry.image(f"by-{attach}"), "--attach", attach)
         record = daemon.ready()

@@ -14,24 +14,22 @@ from typing import Any
 from erofs_twisted.device.driver import NBDDriver
 from erofs_twisted.device.uapi import NBD_FLAG_HAS_FLAGS, NBD_FLAG_READ_ONLY, Connection
 from erofs_twisted.state.records import record_name
-from tests.daemon import BIN, Daemon, DaemonTestCase, mount_of, nbd_devices_in_use, run, until
+from tests.daemon import DaemonTestCase, mount_of, nbd_devices_in_use
+from tests.processes import BIN, run, until
 from tests.scenery import contents, scenery
 from tests.servers import tool
+from tests.warm import warm_run
 
 SIZE = 1 << 20
 
 
 class DoctorTests(DaemonTestCase):
     attach = "nbd"
-
-    def kill(self, daemon: Daemon) -> None:
-        daemon.signal(signal.SIGKILL)
-        self.assertEqual(-signal.SIGKILL, daemon.ended())
-        daemon.pidfile.unlink()
+    is_warm = True
 
     def doctor(self, state_dir: Path, *words: str) -> tuple[int, dict[str, Any]]:
         """Its exit status, and what it says for programs."""
-        done = run(
+        done = warm_run(
             *(BIN / "erofs-nbd", "doctor", "--json", "--state-dir", state_dir),
             *("--cache-dir", self.directory / "doctors-cache", *words),
             cwd=self.directory,

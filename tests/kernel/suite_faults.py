@@ -6,11 +6,11 @@ import shutil
 import signal
 import time
 
-from tests.daemon import DaemonTestCase, mount_of, run, until
+from tests.daemon import Daemon, DaemonTestCase, mount_of
+from tests.processes import run, until
 from tests.reading import Reader
 from tests.scenery import BIG, scenery
 from tests.servers import tool
-from tests.warm import WarmDaemon, warm_process
 
 READERS = 2
 STOPPED = 10.0
@@ -18,18 +18,12 @@ REQUEUED = 2.5
 
 
 class FaultTests(DaemonTestCase):
-    def setUp(self) -> None:
-        warm_process()
-        super().setUp()
+    attach = "nbd"
+    is_warm = True
 
-    def read_all_along(self, repository: str) -> tuple[WarmDaemon, list[Reader]]:
+    def read_all_along(self, repository: str) -> tuple[Daemon, list[Reader]]:
         """A mount, and readers of it."""
-        daemon = WarmDaemon(
-            self.directory / "d", self.registry.image(repository), ("--attach", "nbd", "--fill", "off")
-        )
-        self._daemons.append(daemon)
-        daemon.start()
-        daemon.ready()
+        daemon = self.mounted(self.registry.image(repository), "--fill", "off")
         readers = [Reader(daemon.mountpoint / BIG, scenery().tree / BIG, seed) for seed in range(READERS)]
         for reader in readers:
             self.addCleanup(reader.kill)
@@ -77,9 +71,7 @@ class FaultTests(DaemonTestCase):
         daemon.says("is served for who has files of it open")
         daemon.signal(signal.SIGKILL)
         daemon.ended()
-        successor = WarmDaemon(daemon.directory, daemon.image, daemon.options)
-        self._daemons.append(successor)
-        successor.start()
+        successor = self.again(daemon)
         self.assertEqual(device, successor.ready().device)
         time.sleep(REQUEUED)
         for reader in readers:
@@ -104,9 +96,7 @@ class FaultTests(DaemonTestCase):
         shutil.rmtree(daemon.state_dir)
         daemon.signal(signal.SIGKILL)
         daemon.ended()
-        second = WarmDaemon(daemon.directory, daemon.image, daemon.options)
-        self._daemons.append(second)
-        second.start()
+        second = self.again(daemon, foreground=True)
         self.assertEqual(1, second.ended())
         self.assertIn(f"is a mount point already, of {device} (type erofs): unmount that first", second.log)
         self.assertEqual(0, run("umount", "-l", daemon.mountpoint).returncode)

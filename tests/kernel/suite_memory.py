@@ -9,11 +9,12 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.daemon import DaemonTestCase, nbd_devices_in_use, run, until
+from tests.daemon import DaemonTestCase, nbd_devices_in_use
+from tests.faultydaemon import FaultyDaemon
+from tests.processes import run, until
 from tests.reading import Reader
 from tests.scarcity import CACHE_CALLS, PAGE_CALLS, SERVING_CALL
 from tests.scenery import BIG, scenery, sha256
-from tests.warm import WarmDaemon, warm_process
 
 READERS = 2
 FLUSHED = 6.0
@@ -26,13 +27,11 @@ SHORT = 1.5
 
 
 class MemoryTests(DaemonTestCase):
-    def setUp(self) -> None:
-        warm_process()
-        super().setUp()
+    is_warm = True
 
-    def read_all_along(self, repository: str) -> tuple[WarmDaemon, list[Reader]]:
+    def read_all_along(self, repository: str) -> tuple[FaultyDaemon, list[Reader]]:
         """A mount of an image that is not compressed, and readers of it."""
-        daemon = WarmDaemon(
+        daemon = FaultyDaemon(
             self.directory / "d",
             self.registry.image(repository, "plain"),
             ("--attach", "nbd", "--fill", "off"),
@@ -62,7 +61,7 @@ class MemoryTests(DaemonTestCase):
     def requests(self, repository: str) -> int:
         return self.registry.counts(repository).requests
 
-    def assert_cached_again(self, daemon: WarmDaemon, repository: str) -> None:
+    def assert_cached_again(self, daemon: FaultyDaemon, repository: str) -> None:
         """What is read again costs no request, soon after."""
         big = daemon.mountpoint / BIG
 
@@ -80,7 +79,7 @@ class MemoryTests(DaemonTestCase):
         self.assertGreater(reader.end()["reads"], 0)
         self.assertEqual(before, self.requests(repository))
 
-    def drop_pages(self, daemon: WarmDaemon) -> None:
+    def drop_pages(self, daemon: FaultyDaemon) -> None:
         """What is in the cache must be read from its disk."""
         (blob,) = (daemon.cache_dir / "sha256").iterdir()
         fd = os.open(blob, os.O_RDWR)

@@ -24,8 +24,8 @@ from erofs_twisted.state.journal import RECORD, Journal
 from erofs_twisted.syscalls import mount, umount
 from tests import cachewriter, journalwriter
 from tests.cachewriter import CHUNK, COUNT, IDENTITY, chunk
-from tests.daemon import run
 from tests.journalwriter import Histories
+from tests.processes import run
 
 CUTS = 50
 QUIET = 4

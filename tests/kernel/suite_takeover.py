@@ -5,13 +5,14 @@ from __future__ import annotations
 import random
 import signal
 import time
+from typing import Any
 
-from tests.daemon import BIN, Daemon, DaemonTestCase, mounts, run
+from tests.daemon import Daemon, DaemonTestCase, mounts
 from tests.killing import PART
+from tests.processes import BIN, run
 from tests.reading import Reader
 from tests.scenery import BIG, contents, scenery, sha256
 from tests.servers import tool
-from tests.warm import WarmDaemon, warm_process
 
 READERS = 4
 KILLS = 3
@@ -21,29 +22,11 @@ REQUEUED = 2.5
 
 class TakeOverTests(DaemonTestCase):
     attach = "nbd"
+    is_warm = True
 
-    def setUp(self) -> None:
-        warm_process()
-        super().setUp()
-
-    def warm(self, image: str, *options: str, name: str = "d") -> WarmDaemon:
-        """One whose mount is ready."""
-        daemon = WarmDaemon(self.directory / name, image, (*options, "--attach", self.attach))
-        self._daemons.append(daemon)
-        daemon.start()
-        daemon.ready()
-        return daemon
-
-    def kill(self, daemon: Daemon) -> None:
-        daemon.signal(signal.SIGKILL)
-        self.assertEqual(-signal.SIGKILL, daemon.ended())
-        daemon.pidfile.unlink(missing_ok=True)
-
-    def again(self, daemon: Daemon, kind: type[Daemon] = WarmDaemon) -> Daemon:
-        """The same command."""
-        successor = kind(daemon.directory, daemon.image, daemon.options)
-        self._daemons.append(successor)
-        successor.start()
+    def taken_over(self, daemon: Daemon, **more: Any) -> Daemon:
+        """By the same command, and ready."""
+        successor = self.again(daemon, **more)
         successor.ready()
         return successor
 
@@ -54,7 +37,7 @@ class TakeOverTests(DaemonTestCase):
         self.assert_ends_well(daemon)
 
     def test_readers_notice_a_pause_and_no_more(self) -> None:
-        daemon: Daemon = self.mounted(self.registry.image("taken"), "--fill", "off")
+        daemon = self.mounted(self.registry.image("taken"), "--fill", "off", is_warm=False)
         device = daemon.ready().device
         original = scenery().tree / BIG
         readers = [Reader(daemon.mountpoint / BIG, original, seed) for seed in range(READERS)]
@@ -64,11 +47,11 @@ class TakeOverTests(DaemonTestCase):
         moments = random.Random(seed)
         longest_start = 0.0
         # The first of them as a user starts it, with all its imports.
-        for kind in (Daemon, *[WarmDaemon] * (KILLS - 1)):
+        for is_warm in (False, *[True] * (KILLS - 1)):
             time.sleep(REQUEUED + moments.random())
             self.kill(daemon)
             began = time.monotonic()
-            daemon = self.again(daemon, kind)
+            daemon = self.taken_over(daemon, is_warm=is_warm)
             longest_start = max(longest_start, time.monotonic() - began)
             self.assertEqual(device, daemon.ready().device)
             daemon.says("took over")
@@ -79,7 +62,7 @@ class TakeOverTests(DaemonTestCase):
         self.assert_whole_and_ends_well(daemon)
 
     def test_reattach_starts_daemons_for_all_that_have_none(self) -> None:
-        first, second = [self.warm(self.registry.image("lost", tag), name=tag) for tag in ("lz4", "plain")]
+        first, second = [self.mounted(self.registry.image("lost", tag), name=tag) for tag in ("lz4", "plain")]
         self.kill(first)
         told = run(BIN / "erofs-nbd", "reattach", "--all", "--dry-run", "--state-dir", first.state_dir)
         self.assertEqual((0, ""), (told.returncode, told.stderr))
@@ -100,36 +83,34 @@ class TakeOverTests(DaemonTestCase):
         self.assert_nothing_left(first, adopted, second)
 
     def test_the_registry_is_not_needed_for_what_is_in_the_cache(self) -> None:
-        daemon = self.warm(self.registry.image("offline"), "--fill", "full")
+        daemon = self.mounted(self.registry.image("offline"), "--fill", "full")
         self.kill(daemon)
         self.registry.go_down()
         self.addCleanup(self.registry.come_back)
-        self.assert_whole_and_ends_well(self.again(daemon))
+        self.assert_whole_and_ends_well(self.taken_over(daemon))
 
     def test_a_device_whose_mount_was_taken_away_is_mounted_again(self) -> None:
-        daemon = self.warm(self.registry.image("unmounted"))
+        daemon = self.mounted(self.registry.image("unmounted"))
         device = daemon.ready().device
         self.kill(daemon)
         self.assertEqual(0, run("umount", daemon.mountpoint).returncode)
-        successor = self.again(daemon)
+        successor = self.taken_over(daemon)
         self.assertEqual(device, successor.ready().device)
         self.assert_whole_and_ends_well(successor)
 
     def test_a_mount_whose_device_was_disconnected_is_made_anew(self) -> None:
-        daemon = self.warm(self.registry.image("bereft"))
+        daemon = self.mounted(self.registry.image("bereft"))
         device = daemon.ready().device
         self.kill(daemon)
         self.assertEqual(0, run(tool("nbd-client"), "-d", device).returncode)
-        successor = self.again(daemon)
+        successor = self.taken_over(daemon)
         self.assertEqual(1, len([each for each in mounts() if each.path == str(daemon.mountpoint)]))
         self.assert_whole_and_ends_well(successor)
 
     def test_another_image_is_refused_and_the_mount_waits_on(self) -> None:
-        daemon = self.warm(self.registry.image("first"))
+        daemon = self.mounted(self.registry.image("first"))
         self.kill(daemon)
-        other = WarmDaemon(daemon.directory, self.registry.image("second", "plain"), daemon.options)
-        self._daemons.append(other)
-        other.start()
+        other = self.again(daemon, image=self.registry.image("second", "plain"), foreground=True)
         self.assertEqual(1, other.ended())
         self.assertIn("waits for a daemon", other.log)
-        self.assert_whole_and_ends_well(self.again(daemon))
+        self.assert_whole_and_ends_well(self.taken_over(daemon))

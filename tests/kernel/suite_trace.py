@@ -7,3 +7,4 @@ from tests import tracing
 
 class NBDTraceTests(tracing.TraceTests):
     attach = "nbd"
+    is_warm = True

@@ -12,7 +12,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.daemon import PROJECT, mounts, registry, run, until
+from tests.daemon import mounts, registry
+from tests.processes import PROJECT, run, until
 from tests.scenery import BIG
 from tests.systemd.suite_systemd import FSTAB, SERVICE, SOCKET, install
 

@@ -16,20 +16,11 @@ from twisted.trial.unittest import SkipTest, SynchronousTestCase
 
 from erofs_twisted.control.client import Daemon
 from erofs_twisted.errors import MountError
-from tests.daemon import (
-    BIN,
-    PROJECT,
-    adopt_orphans,
-    is_mounted,
-    mounts,
-    nbd_devices_in_use,
-    registry,
-    run,
-    until,
-)
+from tests.daemon import is_mounted, mounts, nbd_devices_in_use, registry
+from tests.processes import BIN, PROJECT, adopt_orphans, run, until
 from tests.reading import Reader
 from tests.scenery import BIG, scenery, sha256
-from tests.warm import warm_erofs_nbd, warm_process
+from tests.warm import warm_process, warm_run
 
 UNITS = Path("/etc/systemd/system")
 CONFIGURATION = Path("/etc/erofs-twisted")
@@ -96,7 +87,7 @@ class SystemdTestCase(SynchronousTestCase):
         return run("journalctl", "--no-pager", f"--since=@{self.began:.0f}", *words).stdout
 
     def erofs_nbd(self, *words: str | Path) -> subprocess.CompletedProcess[str]:
-        return warm_erofs_nbd(*words, cwd=self.directory)
+        return warm_run(BIN / "erofs-nbd", *words, cwd=self.directory)
 
     def mount(self, name: str, *options: str) -> Path:
         """By the command line, from the daemon of systemd."""
