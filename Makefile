@@ -20,9 +20,9 @@ demo:
 	scripts/setup demo
 	$(PYTHON) examples/demo.py
 
-# Two side by side: the kernel that the first one has takes one processor, and as long as all the others.
+# Two side by side: the first one's kernel takes one processor, as does that of systemd; the last takes what it can get.
 test: check
-	$(MAKE) --no-print-directory --jobs=2 --output-sync=target kernel unit integration systemd
+	$(MAKE) --no-print-directory --jobs=2 --output-sync=target kernel unit systemd integration
 
 check: setup
 	.venv/bin/ruff check .
