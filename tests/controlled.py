@@ -15,7 +15,7 @@ from typing import Any
 import attrs
 
 from tests.processes import BIN, PATIENCE, run, until
-from tests.warm import Forked, warm_process, warm_run
+from tests.warm import Forked, begin, warm_run
 
 
 class _Connection(http.client.HTTPConnection):
@@ -69,16 +69,10 @@ class Controlled:
         twistd = [*self.under, BIN / "twistd", "-n", "--pidfile=", f"--logfile={log}", "erofs-nbd"]
         directories = ("--state-dir", str(self.state_dir), "--cache-dir", str(self.directory / "cache"))
         command = [*twistd, *directories, *self.options]
-        where: Any = {"env": {**os.environ, **self.environment}, "cwd": self.directory}
         said = self.log.count("listening on")
-        if self.is_warm:
-            assert not self.under
-            self._process = warm_process().start(command, **where)
-        else:
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT,
-                start_new_session=True, **where,
-            )  # fmt: skip
+        assert not (self.is_warm and self.under)
+        environment = {**os.environ, **self.environment}
+        self._process = begin(command, is_warm=self.is_warm, cwd=self.directory, env=environment)
         until("the daemon listens", lambda: self._listens(said))
 
     def _listens(self, said: int) -> bool:

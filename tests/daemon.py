@@ -35,7 +35,7 @@ from tests.processes import (
     until,
 )
 from tests.scenery import scenery
-from tests.warm import warm_process, warm_run
+from tests.warm import begin, warm_process, warm_run
 
 
 @attrs.frozen
@@ -206,13 +206,8 @@ class Daemon:
             if started.returncode != 0:
                 raise AssertionError(f"twistd: status {started.returncode}\n{started.stdout}{started.stderr}")
             self.pid = int(self.pidfile.read_text())
-        elif self.is_warm:
-            self.pid = warm_process().start(self.command(), **where, **self.faults()).pid
         else:
-            self.pid = subprocess.Popen(
-                self.command(), stdin=subprocess.DEVNULL, stderr=subprocess.STDOUT, stdout=subprocess.DEVNULL,
-                start_new_session=True, **where,
-            ).pid  # fmt: skip
+            self.pid = begin(self.command(), is_warm=self.is_warm, **where, **self.faults()).pid
 
     def faults(self) -> dict[str, Any]:
         """What `WarmProcess.start` shall have happen to it."""
@@ -321,7 +316,7 @@ class DaemonTestCase(SynchronousTestCase):
     def kill(self, daemon: Daemon) -> None:
         daemon.signal(signal.SIGKILL)
         self.assertEqual(-signal.SIGKILL, daemon.ended())
-        daemon.pidfile.unlink(missing_ok=True)
+        daemon.pidfile.unlink()
 
     def again(self, daemon: Daemon, **otherwise: Any) -> Daemon:
         """The same command, which has been started."""

@@ -275,14 +275,12 @@ class MountTests(DaemonTestCase):
 
     def test_what_a_killed_daemon_left_is_cleared_away_by_umount(self) -> None:
         daemon = self.mounted(self.registry.image("killed", "plain"))
-        daemon.signal(signal.SIGKILL)
-        self.assertEqual(-signal.SIGKILL, daemon.ended())
+        self.kill(daemon)
         waited = daemon.erofs_nbd("wait")
         self.assertEqual(1, waited.returncode)
         self.assertIn("was killed", waited.stderr)
         unmounted = daemon.erofs_nbd("umount")
         self.assertEqual((0, ""), (unmounted.returncode, unmounted.stderr))
-        daemon.pidfile.unlink()
         self.assert_nothing_left(daemon)
 
     def test_a_superblock_that_lies_about_its_root_leaves_nothing(self) -> None:

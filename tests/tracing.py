@@ -77,10 +77,8 @@ class TraceTests(DaemonTestCase):
             "all of it in the trace",
             lambda: self.trace_path(daemon.cache_dir).exists() and self.trace_of(daemon).length > BIG_SIZE,
         )
-        daemon.signal(signal.SIGKILL)
-        daemon.ended()
+        self.kill(daemon)
         daemon.erofs_nbd("umount")
-        daemon.pidfile.unlink()
         self.assertGreater(self.trace_of(daemon).length, BIG_SIZE)
         self.assert_nothing_left(daemon)
 

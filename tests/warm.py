@@ -190,6 +190,19 @@ def warm_process() -> WarmProcess:
     return WarmProcess()
 
 
+def begin(
+    command: Sequence[str | Path], *, is_warm: bool, cwd: Path, env: Mapping[str, str], **faults: str | None
+) -> subprocess.Popen[bytes] | Forked:
+    """Begin a program in a session of its own, with nothing to read and nobody to hear it; it goes on by
+    itself. ``faults`` are those of `WarmProcess.start`, for one that is warm."""
+    if is_warm:
+        return warm_process().start(command, cwd=cwd, env=env, **faults)
+    return subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        start_new_session=True, cwd=cwd, env=env,
+    )  # fmt: skip
+
+
 def warm_run(
     *command: str | Path, cwd: Path, env: Mapping[str, str] | None = None, **faults: str | None
 ) -> subprocess.CompletedProcess[str]:

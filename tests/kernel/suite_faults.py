@@ -69,8 +69,7 @@ class FaultTests(DaemonTestCase):
         device = daemon.ready().device
         self.assertEqual(0, run("umount", "-l", daemon.mountpoint).returncode)
         daemon.says("is served for who has files of it open")
-        daemon.signal(signal.SIGKILL)
-        daemon.ended()
+        self.kill(daemon)
         successor = self.again(daemon)
         self.assertEqual(device, successor.ready().device)
         time.sleep(REQUEUED)
@@ -94,8 +93,7 @@ class FaultTests(DaemonTestCase):
         daemon, readers = self.read_all_along("stateless-killed")
         device = daemon.ready().device
         shutil.rmtree(daemon.state_dir)
-        daemon.signal(signal.SIGKILL)
-        daemon.ended()
+        self.kill(daemon)
         second = self.again(daemon, foreground=True)
         self.assertEqual(1, second.ended())
         self.assertIn(f"is a mount point already, of {device} (type erofs): unmount that first", second.log)
